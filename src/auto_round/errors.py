@@ -1,0 +1,38 @@
+"""The exception tree. Every error a user can cause derives from ``AutoRoundError``; the command line exits with 2 for it.
+
+AutoRoundError
+├── SpecError         a scheme, recipe, preset or layer rule is not valid
+├── SourceError       the model cannot be read: missing, truncated, unsafe or not understood
+├── CalibrationError  the calibration set cannot be built
+├── FormatError       an output or input format cannot hold or read what is asked
+├── BackendError      no inference backend fits, or the one asked for does not
+└── OutputError       the output folder is not usable
+"""
+
+
+class AutoRoundError(Exception):
+    """Base of all errors raised on purpose by this package."""
+
+
+class SpecError(AutoRoundError, ValueError):
+    """A scheme, recipe, preset or layer rule is not valid."""
+
+
+class SourceError(AutoRoundError):
+    """The model cannot be read: missing, truncated, unsafe or not understood."""
+
+
+class CalibrationError(AutoRoundError):
+    """The calibration set cannot be built."""
+
+
+class FormatError(AutoRoundError):
+    """A format cannot hold or read what is asked."""
+
+
+class BackendError(AutoRoundError):
+    """No inference backend fits, or the one asked for does not."""
+
+
+class OutputError(AutoRoundError):
+    """The output folder is not usable."""

@@ -1,0 +1,1 @@
+"""Pure tensor maths: grouping, ranges, rounding, search, bit packing. No modules, devices or files here."""

@@ -1,0 +1,101 @@
+"""What a run tells while it works. The pipeline speaks to one `Listener`; the command line shows it, the API logs it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class BlockStats:
+    """One finished block.
+
+    loss_start, loss_end: mean squared error of the block's output on the held-out samples (on all of the samples when
+    none are held out), with the starting codes and with those kept; loss_plain: the same with plain rounding.
+    kept_iteration: the step whose codes were kept, 0 being the start.
+    seconds: wall time. peak_bytes: peak memory of the process so far (resident; the device's own on an accelerator).
+    """
+
+    index: int
+    name: str
+    layers: int
+    loss_plain: float
+    loss_start: float
+    loss_end: float
+    kept_iteration: int
+    seconds: float
+    peak_bytes: int
+
+
+class Listener(Protocol):
+    """Receives the events of one run, in order."""
+
+    def note(self, message: str) -> None:
+        """Take one line worth reading."""
+        ...
+
+    def warn(self, message: str) -> None:
+        """Take one line the user must see."""
+        ...
+
+    def begin(self, blocks: int, iters: int) -> None:
+        """Learn that tuning starts: how many blocks, how many steps in each."""
+        ...
+
+    def block_started(self, index: int, name: str) -> None:
+        """Learn that a block is loaded and its tuning begins."""
+        ...
+
+    def step(self, index: int, iteration: int, loss: float) -> None:
+        """Learn the training loss of one step (sampled, not necessarily of every step)."""
+        ...
+
+    def block_finished(self, stats: BlockStats) -> None:
+        """Learn the result of a block."""
+        ...
+
+    def end(self) -> None:
+        """Learn that tuning is over, whether it succeeded or not."""
+        ...
+
+
+class LogListener:
+    """The default outside the command line: one log record per block, on the logger ``auto_round``."""
+
+    def __init__(self) -> None:
+        self._log = logging.getLogger("auto_round")
+        self._blocks = 0
+
+    def note(self, message: str) -> None:
+        """Log at level info."""
+        self._log.info(message)
+
+    def warn(self, message: str) -> None:
+        """Log at level warning."""
+        self._log.warning(message)
+
+    def begin(self, blocks: int, iters: int) -> None:
+        """Remember the number of blocks."""
+        self._blocks = blocks
+
+    def block_started(self, index: int, name: str) -> None:
+        """Say nothing."""
+
+    def step(self, index: int, iteration: int, loss: float) -> None:
+        """Say nothing."""
+
+    def block_finished(self, stats: BlockStats) -> None:
+        """Log one line."""
+        self._log.info(
+            "block %d/%d %s: loss %.4g -> %.4g in %.1f s",
+            stats.index + 1,
+            self._blocks,
+            stats.name,
+            stats.loss_plain,
+            stats.loss_end,
+            stats.seconds,
+        )
+
+    def end(self) -> None:
+        """Say nothing."""

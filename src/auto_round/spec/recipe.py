@@ -1,0 +1,80 @@
+"""How hard to try: everything that decides the result besides the scheme."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from auto_round.errors import SpecError
+
+STARTS = ("plain", "search", "compensated")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Tuning settings.
+
+    iters: sign-SGD steps per block; 0 is round-to-nearest from `start`, without steps.
+    lr: step size of the rounding offset V in code units; None is 1/iters. Falls linearly to 0.
+    minmax_lr: step size of the range multipliers alpha and beta; None is the same as lr.
+    nsamples, seqlen: calibration samples and tokens in each.
+    batch_size: samples per forward; times gradient_accumulate_steps = samples per step.
+    seed: draws the calibration samples and, with the block's index, each block's batches.
+    enable_minmax_tuning: tune the ranges as well as the rounding.
+    enable_quanted_input: feed a block what the quantised blocks before it give (else the original's activations).
+    low_gpu_mem_usage: keep activations on the host and move them batch by batch.
+    enable_torch_compile: compile the elementwise passes and the block's forward.
+    start: "plain" (max range), "search" (range search weighted by the inputs' second moment) or
+        "compensated" (search, then error-compensated rounding in GPTQ order, arXiv 2210.17323).
+    heldout: share of the samples kept out of the steps, on which the best iterate is chosen.
+    """
+
+    iters: int = 200
+    lr: float | None = None
+    minmax_lr: float | None = None
+    nsamples: int = 128
+    seqlen: int = 2048
+    batch_size: int = 8
+    gradient_accumulate_steps: int = 1
+    seed: int = 42
+    enable_minmax_tuning: bool = True
+    enable_quanted_input: bool = True
+    low_gpu_mem_usage: bool = False
+    enable_torch_compile: bool = False
+    start: str = "compensated"
+    heldout: float = 0.0625
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("iters", 0),
+            ("nsamples", 1),
+            ("seqlen", 1),
+            ("batch_size", 1),
+            ("gradient_accumulate_steps", 1),
+            ("seed", 0),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise SpecError(f"{name}={value!r} must be a whole number of at least {least}")
+        for name in ("lr", "minmax_lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise SpecError(f"{name}={value!r} must lie in (0, 1]; it is a step in units of a code")
+        if self.start not in STARTS:
+            raise SpecError(f"start={self.start!r} is not known; use one of {', '.join(STARTS)}")
+        if not 0 <= self.heldout <= 0.5:
+            raise SpecError(f"heldout={self.heldout!r} must lie between 0 and 0.5")
+
+    @property
+    def v_lr(self) -> float:
+        """Step size of V at the first step."""
+        return self.lr if self.lr is not None else 1.0 / max(self.iters, 1)
+
+    @property
+    def range_lr(self) -> float:
+        """Step size of alpha and beta at the first step."""
+        return self.minmax_lr if self.minmax_lr is not None else self.v_lr
+
+    def updated(self, **values: object) -> Recipe:
+        """Return a copy with the given fields replaced; None keeps the field."""
+        return dataclasses.replace(self, **{k: v for k, v in values.items() if v is not None})  # type: ignore[arg-type]
