@@ -12,7 +12,8 @@ class BlockStats:
     """One finished block.
 
     loss_start, loss_end: mean squared error of the block's output on the held-out samples (on all of the samples when
-    none are held out), with the starting codes and with those kept; loss_plain: the same with plain rounding.
+    none are held out), with the starting codes and with those kept; loss_plain: the same with plain rounding. None
+    where nothing was measured (round-to-nearest without calibration).
     kept_iteration: the step whose codes were kept, 0 being the start.
     seconds: wall time. peak_bytes: peak memory of the process so far (resident; the device's own on an accelerator).
     """
@@ -20,9 +21,9 @@ class BlockStats:
     index: int
     name: str
     layers: int
-    loss_plain: float
-    loss_start: float
-    loss_end: float
+    loss_plain: float | None
+    loss_start: float | None
+    loss_end: float | None
     kept_iteration: int
     seconds: float
     peak_bytes: int
@@ -87,15 +88,8 @@ class LogListener:
 
     def block_finished(self, stats: BlockStats) -> None:
         """Log one line."""
-        self._log.info(
-            "block %d/%d %s: loss %.4g -> %.4g in %.1f s",
-            stats.index + 1,
-            self._blocks,
-            stats.name,
-            stats.loss_plain,
-            stats.loss_end,
-            stats.seconds,
-        )
+        losses = "" if stats.loss_end is None else f": loss {stats.loss_plain:.4g} -> {stats.loss_end:.4g}"
+        self._log.info("block %d/%d %s%s in %.1f s", stats.index + 1, self._blocks, stats.name, losses, stats.seconds)
 
     def end(self) -> None:
         """Say nothing."""

@@ -1,0 +1,132 @@
+"""Opening a model: a folder, a hub id, a loaded model or a GGUF file, all ending as a folder of safetensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from auto_round.errors import SourceError
+from auto_round.source.checkpoint import Checkpoint
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
+# Files the output writes itself, or that describe weights it does not have.
+NOT_COPIED = ("config.json", "quantization_config.json", "model.safetensors.index.json", "auto_round.json")
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "LICENSE*", "README*")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk: what the user called it, its folder, tensors, config and tokenizer (None if it has none)."""
+
+    title: str
+    folder: Path
+    checkpoint: Checkpoint
+    config: PretrainedConfig
+    tokenizer: Any | None
+
+    @property
+    def raw_config(self) -> dict[str, Any]:
+        """config.json as it is in the folder."""
+        parsed: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return parsed
+
+    @property
+    def extra_files(self) -> tuple[Path, ...]:
+        """The folder's other files: tokenizer, chat template, generation config, licence."""
+        return tuple(
+            sorted(
+                file
+                for file in self.folder.iterdir()
+                if file.is_file()
+                and not file.name.startswith(".")
+                and not file.name.endswith((*WEIGHT_SUFFIXES, ".index.json"))
+                and file.name not in NOT_COPIED
+            )
+        )
+
+
+def open_source(
+    model: str | Path | PreTrainedModel, tokenizer: Any | None, scratch: Path, *, trust_remote_code: bool = False
+) -> Source:
+    """Open `model`, unpacking it below `scratch` when it is not a folder of safetensors already.
+
+    Raises SourceError naming what is missing or damaged, or when the model is quantised already.
+    """
+    if isinstance(model, PreTrainedModel):
+        title = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+        folder = _save_loaded(model, tokenizer, scratch / "source")
+    else:
+        title = str(model)
+        folder = _folder_of(Path(model).expanduser(), title, scratch)
+    if not (folder / "config.json").is_file():
+        raise SourceError(f"{folder}: no config.json; this is not a Hugging Face model folder")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise SourceError(f"{folder}/config.json: transformers {transformers.__version__} says: {error}") from None
+    if getattr(config, "quantization_config", None) is not None:
+        raise SourceError(f"{title}: is quantised already; start from the original model in 16 or 32-bit floats")
+    checkpoint = Checkpoint(folder)
+    if tokenizer is None:
+        tokenizer = _tokenizer_of(folder, trust_remote_code)
+    return Source(title, folder, checkpoint, config, tokenizer)
+
+
+def _folder_of(path: Path, title: str, scratch: Path) -> Path:
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise SourceError(f"{path}: no such file")
+        return _unpack_gguf(path, scratch / "source")
+    if path.is_absolute() or title.startswith((".", "~")) or title.count("/") != 1:
+        raise SourceError(f"{title}: no such folder, and not a hub id of the form organisation/model")
+    try:
+        return Path(snapshot_download(title, allow_patterns=list(HUB_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SourceError(f"{title}: no such folder, and the model hub does not give it either: {reason}") from None
+
+
+def _save_loaded(model: PreTrainedModel, tokenizer: Any | None, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _unpack_gguf(file: Path, folder: Path) -> Path:
+    """Turn a GGUF file into a folder through transformers, which holds the whole model in memory once."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise SourceError(f'{file}: reading GGUF needs the gguf package: pip install "auto-round[gguf]"') from None
+    # Newer transformers keep GGUF weights packed unless told otherwise; older ones have no such class.
+    keep_floats = {}
+    if hasattr(transformers, "GgufConfig"):
+        keep_floats["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype="bfloat16", **keep_floats
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except (ValueError, OSError, KeyError, NotImplementedError) as error:
+        raise SourceError(f"{file}: transformers {transformers.__version__} cannot read it: {error}") from None
+    return _save_loaded(model, tokenizer, folder)
+
+
+def _tokenizer_of(folder: Path, trust_remote_code: bool) -> Any | None:
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+    if not any((folder / name).is_file() for name in names):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise SourceError(f"{folder}: its tokenizer cannot be loaded: {error}") from None

@@ -1,0 +1,28 @@
+"""Quantising one Linear by itself, without steps: round-to-nearest layers, and heads too large to tune."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from auto_round.qtensor import QTensor
+from auto_round.spec.scheme import Scheme
+from auto_round.tune.layer import TunedLayer
+from auto_round.tune.start import make_start
+
+ROWS = 4096  # rows at a time; rows do not depend on each other, so this bounds memory and changes nothing
+
+
+@torch.no_grad()
+def quantise_alone(weight: Tensor, scheme: Scheme, kind: str, moment: Tensor | None, device: torch.device) -> QTensor:
+    """Codes of the starting point `kind` (see Recipe.start) for a weight (out, in) of any float dtype, on the host.
+
+    moment: (in, in) second moment of the inputs, or None. Raises AutoRoundError when the weight is not finite.
+    """
+    parts = []
+    for rows in weight.split(ROWS):
+        rows = rows.to(device)
+        start = make_start(rows.float(), scheme, kind, moment)
+        parts.append(TunedLayer(rows, scheme, start, searched=kind != "plain").qtensor())
+    zeros = None if scheme.sym else torch.cat([p.zeros for p in parts if p.zeros is not None]).cpu()
+    return QTensor(torch.cat([p.codes for p in parts]).cpu(), torch.cat([p.scales for p in parts]).cpu(), zeros, scheme)

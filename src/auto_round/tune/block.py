@@ -1,0 +1,218 @@
+"""Tuning one block: a start for every Linear in it, then sign-SGD on the block's output error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from auto_round.errors import AutoRoundError
+from auto_round.qtensor import QTensor
+from auto_round.spec.recipe import Recipe
+from auto_round.spec.scheme import Scheme
+from auto_round.tune.layer import TunedLayer
+from auto_round.tune.moments import Moments
+from auto_round.tune.start import Start, make_start
+
+# Shares of the steps after which the codes are tried on the held-out samples; the last are the likely winners.
+CHECKPOINTS = (0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a block sees and should give, for all samples.
+
+    inputs, targets: (samples, tokens, hidden), on the device or on the host. mask: (samples, tokens) bool, True where
+    a real token is; None when there is no padding.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    mask: Tensor | None
+
+    def pick(self, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Inputs, targets and mask of the samples `rows`, on `device`."""
+        mask = None if self.mask is None else self.mask[rows].to(device)
+        return self.inputs[rows].to(device), self.targets[rows].to(device), mask
+
+
+@dataclass(frozen=True)
+class TunedBlock:
+    """Codes of every Linear of a block by name, and the losses that BlockStats describes."""
+
+    tensors: dict[str, QTensor]
+    loss_plain: float
+    loss_start: float
+    loss_end: float
+    kept_iteration: int
+
+
+@dataclass(frozen=True)
+class BlockTask:
+    """One block to tune.
+
+    run: hidden states (batch, tokens, hidden) -> the block's output of the same shape. linears: the Linears to
+    quantise, whose weights `run` reads. weights: their exact weights (out, in). schemes: one for each Linear.
+    """
+
+    run: Callable[[Tensor], Tensor]
+    linears: Mapping[str, nn.Linear]
+    weights: Mapping[str, Tensor]
+    schemes: Mapping[str, Scheme]
+
+
+def masked_square_error(output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    """Sum of squared differences in float32 over the tokens of `mask` (all when None)."""
+    difference = output.float() - target.float()
+    if mask is not None:
+        difference = difference * mask[..., None]
+    return difference.square().sum()
+
+
+def tune_block(
+    task: BlockTask,
+    activations: Activations,
+    recipe: Recipe,
+    generator: torch.Generator,
+    device: torch.device,
+    on_step: Callable[[int, float], None],
+) -> TunedBlock:
+    """Choose codes for every Linear of a block.
+
+    on_step is told (iteration, training loss) now and then. The Linears' weights are left at the tuned values.
+    Raises AutoRoundError naming the layer when a weight or an activation is not finite.
+    """
+    count = activations.inputs.shape[0]
+    order = torch.randperm(count, generator=generator)
+    held = min(max(1, round(recipe.heldout * count)), count - 1) if recipe.heldout and count > 1 else 0
+    judge, train = (order[:held], order[held:]) if held else (order, order)
+
+    def loss() -> float:
+        return evaluate(task, activations, judge, recipe.batch_size, device)
+
+    layers = _start_layers(task, activations, recipe, device, plain=True)
+    _write(task, layers)
+    loss_plain = loss()
+    if recipe.start != "plain":
+        layers = _start_layers(task, activations, recipe, device, plain=False)
+        _write(task, layers)
+    loss_start = loss() if recipe.start != "plain" else loss_plain
+    best, best_loss, kept = _snapshot(layers), loss_start, 0
+    if not all(map(_is_finite, (loss_plain, loss_start))):
+        raise AutoRoundError("the block's output is NaN or infinite on the calibration samples")
+    checks = {max(1, round(share * recipe.iters)) for share in CHECKPOINTS} if recipe.iters else set()
+    for iteration in _steps(task, layers, activations, recipe, train, generator, device, on_step):
+        if iteration in checks:
+            current = loss()
+            if current < best_loss:
+                best, best_loss, kept = _snapshot(layers), current, iteration
+    for name, tensor in best.items():
+        task.linears[name].weight.data.copy_(tensor.dequantize())
+    return TunedBlock(best, loss_plain, loss_start, best_loss, kept)
+
+
+@torch.no_grad()
+def evaluate(
+    task: BlockTask, activations: Activations, rows: Tensor, batch_size: int, device: torch.device
+) -> float:
+    """Mean squared error of the block with its present weights over the samples `rows`."""
+    total = torch.zeros((), device=device, dtype=torch.float64)
+    for batch in rows.split(batch_size):
+        inputs, targets, mask = activations.pick(batch, device)
+        total += masked_square_error(task.run(inputs), targets, mask)
+    return float(total) / _values(activations, rows)
+
+
+def _values(activations: Activations, rows: Tensor) -> int:
+    """How many output values of the samples `rows` count."""
+    _, tokens, hidden = activations.targets.shape
+    counted = len(rows) * tokens if activations.mask is None else int(activations.mask[rows].sum())
+    return max(counted, 1) * hidden
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0
+
+
+@torch.no_grad()
+def _start_layers(
+    task: BlockTask, activations: Activations, recipe: Recipe, device: torch.device, *, plain: bool
+) -> dict[str, TunedLayer]:
+    kind = "plain" if plain else recipe.start
+    moments = Moments(task.linears)
+    if kind != "plain":
+        for name, linear in task.linears.items():
+            linear.weight.data.copy_(task.weights[name])
+        with moments:
+            for batch in torch.arange(activations.inputs.shape[0]).split(recipe.batch_size):
+                inputs, _, mask = activations.pick(batch, device)
+                moments.next_batch(mask)
+                task.run(inputs)
+    layers = {}
+    for name in task.linears:
+        weight = task.weights[name].to(device)
+        start: Start = make_start(weight.float(), task.schemes[name], kind, moments.of(name))
+        try:
+            layers[name] = TunedLayer(weight, task.schemes[name], start, searched=kind != "plain")
+        except AutoRoundError as error:
+            raise AutoRoundError(f"layer {name!r}: {error}") from None
+    return layers
+
+
+@torch.no_grad()
+def _write(task: BlockTask, layers: Mapping[str, TunedLayer]) -> None:
+    for name, layer in layers.items():
+        layer.write_weight(task.linears[name].weight.data)
+
+
+@torch.no_grad()
+def _snapshot(layers: Mapping[str, TunedLayer]) -> dict[str, QTensor]:
+    return {name: layer.qtensor() for name, layer in layers.items()}
+
+
+def _steps(
+    task: BlockTask,
+    layers: Mapping[str, TunedLayer],
+    activations: Activations,
+    recipe: Recipe,
+    train: Tensor,
+    generator: torch.Generator,
+    device: torch.device,
+    on_step: Callable[[int, float], None],
+) -> Iterator[int]:
+    """Yield the number of steps done after each step, the Linears' weights being those of the new codes."""
+    per_step = min(recipe.batch_size * recipe.gradient_accumulate_steps, len(train))
+    queue = train[:0]
+    report_every = max(1, recipe.iters // 20)
+    for linear in task.linears.values():
+        linear.weight.requires_grad_(True)
+    try:
+        for iteration in range(recipe.iters):
+            if len(queue) < per_step:
+                queue = train[torch.randperm(len(train), generator=generator)]
+            rows, queue = queue[:per_step], queue[per_step:]
+            values = _values(activations, rows)
+            total = torch.zeros((), device=device)
+            for batch in rows.split(recipe.batch_size):
+                inputs, targets, mask = activations.pick(batch, device)
+                loss = masked_square_error(task.run(inputs), targets, mask) / values
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
+            share = 1 - iteration / recipe.iters
+            with torch.no_grad():
+                for name, layer in layers.items():
+                    weight = task.linears[name].weight
+                    if weight.grad is not None:
+                        range_lr = recipe.range_lr * share if recipe.enable_minmax_tuning else 0.0
+                        layer.step(weight.grad, recipe.v_lr * share, range_lr)
+                        weight.grad = None
+                        layer.write_weight(weight.data)
+            if iteration % report_every == 0:
+                on_step(iteration, float(total))
+            yield iteration + 1
+    finally:
+        for linear in task.linears.values():
+            linear.weight.requires_grad_(False)
+            linear.weight.grad = None

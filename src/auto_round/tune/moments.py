@@ -1,0 +1,67 @@
+"""Second moments of the inputs of a block's Linears, gathered while the block runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+
+class Moments:
+    """Mean of x x^T over the tokens each Linear sees, as a context around the block's forward passes.
+
+    Linears that read the very same tensor (q, k, v; gate, up) share one sum. Set `mask` before each forward.
+    """
+
+    def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
+        self.mask: Tensor | None = None
+        self._linears = linears
+        self._owner: dict[str, str] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._tokens: dict[str, int] = {}
+        self._seen: list[tuple[Tensor, str]] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> Moments:
+        for name, module in self._linears.items():
+            self._handles.append(module.register_forward_pre_hook(lambda _, args, name=name: self.observe(name, args[0])))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def next_batch(self, mask: Tensor | None) -> None:
+        """Say which tokens of the coming batch count: (batch, tokens) bool, None for all."""
+        self.mask = mask
+        self._seen.clear()
+
+    def owner(self, name: str) -> str:
+        """Return the Linear whose moment `name` shares; itself when it shares none."""
+        return self._owner.get(name, name)
+
+    def of(self, name: str) -> Tensor | None:
+        """Mean x x^T, (in, in) float32, or None when no token reached the layer."""
+        owner = self.owner(name)
+        return self._sums[owner] / self._tokens[owner] if self._tokens.get(owner) else None
+
+    def observe(self, name: str, inputs: Tensor) -> None:
+        """Add what the Linear `name` is given: (batch, tokens, in), or (rows, in) where a model regroups tokens."""
+        # References are kept until the next batch: an address freed and used again must not look like the same tensor.
+        shared = next((owner for tensor, owner in self._seen if tensor is inputs), None)
+        if shared is not None and self._owner.get(name, shared) == shared:
+            self._owner[name] = shared
+            return
+        self._owner[name] = name
+        self._seen.append((inputs, name))
+        rows = inputs[self.mask] if self.mask is not None and inputs.shape[:-1] == self.mask.shape else inputs
+        rows = rows.reshape(-1, rows.shape[-1]).float()
+        if name not in self._sums:
+            self._sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
+            self._tokens[name] = 0
+        self._sums[name].addmm_(rows.t(), rows)
+        self._tokens[name] += rows.shape[0]
