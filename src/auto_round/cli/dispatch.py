@@ -1,0 +1,60 @@
+"""From the words of a command line to the command that takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+
+from auto_round.cli.demo import DEMO_LESSON, demo
+from auto_round.cli.quantise import lesson_for, quantise
+from auto_round.cli.teach import Invocation, Lesson, TeachingCommand
+
+# Names that users of other tools type, and ours.
+ALIASES = {
+    "model_name": "model",
+    "model_name_or_path": "model",
+    "bs": "batch_size",
+    "device_map": "device",
+    "formats": "format",
+}
+
+
+@dataclass(frozen=True)
+class Subcommand:
+    """A command behind a word: auto-round WORD."""
+
+    function: Callable[..., None]
+    lesson: Lesson
+
+
+# One row a command. Whatever does not begin with one of these words goes to `quantise`.
+SUBCOMMANDS = {"demo": Subcommand(demo, DEMO_LESSON)}
+
+
+def normalise(flag: str) -> str:
+    """Return the one spelling under which a flag is known: underscores for dashes, our name for an alias."""
+    plain = flag.replace("-", "_")
+    return ALIASES.get(plain, plain)
+
+
+def command(function: Callable[..., None]) -> Any:
+    """Make a command of a function whose parameters are annotated with options."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    settings = {"token_normalize_func": normalise, "help_option_names": ["--help", "-h"]}
+    app.command(cls=TeachingCommand, context_settings=settings)(function)
+    return typer.main.get_command(app)
+
+
+def dispatch(program: str, recipe: str, words: Sequence[str]) -> None:
+    """Run the command that `words` ask for and exit: 0 done, 2 it cannot be done, 130 interrupted."""
+    subcommand = SUBCOMMANDS.get(words[0]) if words and recipe == "default" else None
+    if subcommand is None:
+        summaries = {f"{program} {word}": entry.lesson.summary for word, entry in SUBCOMMANDS.items()}
+        function, lesson = quantise, lesson_for(recipe, summaries)
+    else:
+        function, lesson = subcommand.function, subcommand.lesson
+        program, words = f"{program} {words[0]}", words[1:]
+    command(function).main(list(words), prog_name=program, obj=Invocation(recipe, lesson))

@@ -1,0 +1,172 @@
+"""The module that stands where a Linear stood: packed codes, and a backend to multiply with them.
+
+buffers    those of the file, for example qweight int32, qzeros int32 and scales float16 (see `Packing.specs`)
+bias       parameter of the Linear it replaces, in the model's dtype, or None
+
+It is for inference: gradients flow to its input (adapters beside it can be trained), but it has no weight to train.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from auto_round.errors import BackendError, FormatError
+from auto_round.inference.base import ROW_MULTIPLE, Backend, Packing, Prepared, Stored
+from auto_round.qtensor import QTensor
+from auto_round.spec.scheme import Scheme
+
+
+class QLinear(nn.Module):
+    """y = x @ W^T + bias with W quantised.
+
+    in_features, out_features: shape of the weight, (out, in). scheme, layout: how its codes mean and lie.
+    name: the layer's full name in its model, for messages.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        scheme: Scheme,
+        layout: Packing,
+        backend: Backend[Any],
+        bias: nn.Parameter | None = None,
+        name: str = "",
+        device: torch.device | str = "meta",
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.scheme = scheme
+        self.layout = layout
+        self.backend = backend
+        self.name = name
+        self.prepared: Prepared | None = None
+        self._home = torch.device(device)
+        self._stored_names: tuple[str, ...] = ()
+        for tensor, (dtype, shape) in layout.specs(scheme, out_features, in_features).items():
+            self.register_buffer(tensor, torch.empty(shape, dtype=dtype, device=device))
+            self._stored_names += (tensor,)
+        self.register_parameter("bias", bias)
+        self._loaded: frozenset[str] = frozenset()
+
+    @classmethod
+    def from_qtensor(
+        cls, tensor: QTensor, layout: Packing, backend: Backend[Any], bias: nn.Parameter | None = None, name: str = ""
+    ) -> QLinear:
+        """Make a layer that is ready to run, without a file."""
+        module = cls(
+            tensor.in_features,
+            tensor.out_features,
+            scheme=tensor.scheme,
+            layout=layout,
+            backend=backend,
+            bias=bias,
+            name=name,
+            device=tensor.codes.device,
+        )
+        for key, value in layout.encode(tensor).items():
+            setattr(module, key, value)
+        module.prepare(torch.float32 if bias is None else bias.dtype)
+        return module
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Note which tensors come from a checkpoint.
+
+        transformers (5.0 to 5.23) assigns what it read with the mark `_is_hf_initialized`, then fills what was missing
+        by assigning uninitialised memory without it. The mark is lost when a buffer is moved, so it is noted here.
+        """
+        # _is_hf_initialized is transformers' own mark; plain tensors do not have it.
+        if isinstance(value, Tensor) and getattr(value, "_is_hf_initialized", False):
+            self.__dict__["_loaded"] = self._loaded | {name}
+        super().__setattr__(name, value)
+
+    def missing(self) -> list[str]:
+        """Names of the tensors that no checkpoint gave, or gave in another shape (transformers 5.0 takes any).
+
+        What is still on the meta device was given, but offloaded.
+        """
+        specs = self.layout.specs(self.scheme, self.out_features, self.in_features)
+        shapes = {name: shape for name, (_, shape) in specs.items()} | {"bias": (self.out_features,)}
+        tensors = {name: self._buffers[name] for name in self._stored_names} | self._parameters
+        present = {name: t for name, t in tensors.items() if t is not None and not t.is_meta}
+        return [name for name, t in present.items() if name not in self._loaded or tuple(t.shape) != shapes[name]]
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Check the loaded tensors and let the backend turn them into what it computes from; frees what it replaces.
+
+        Raises FormatError when scales are not finite or a symmetric layer's zero points are not constant.
+        """
+        stored = self.stored()
+        offloaded = any(t.is_meta for t in stored.tensors.values())
+        if not offloaded:
+            _check(self.name, stored)
+        if not self.backend.repacks:
+            return
+        if offloaded:
+            raise BackendError(
+                f"layer {self.name!r} is offloaded, and backend {self.backend.name!r} repacks weights at loading; "
+                "load with AutoRoundConfig(backend='torch') or a device_map without offloaded buffers"
+            )
+        self.prepared = self.backend.prepare(stored, dtype)
+        self._home = stored.tensors[self._stored_names[0]].device
+        for name in self._stored_names:
+            self._buffers[name] = None
+
+    def stored(self) -> Stored:
+        """The layer's tensors as its file holds them. Raises BackendError when they were cast after loading."""
+        if self.prepared is not None:
+            return Stored.of(self.prepared.qtensor(), self.layout)
+        tensors = {name: self._buffers[name] for name in self._stored_names}
+        if any(t is not None and t.dtype is torch.bfloat16 for t in tensors.values()):
+            raise BackendError(
+                f"layer {self.name!r}: its float16 scales were cast to bfloat16, which loses digits. Do not cast the "
+                "loaded model; pass dtype=torch.bfloat16 to from_pretrained"
+            )
+        found = {name: t for name, t in tensors.items() if t is not None}
+        return Stored(self.layout, self.scheme, self.out_features, self.in_features, found)
+
+    def qtensor(self) -> QTensor:
+        """The layer's codes, scales and zero points."""
+        return self.prepared.qtensor() if self.prepared is not None else self.stored().qtensor()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply inputs (..., in) to outputs (..., out) of the same dtype."""
+        if self.prepared is not None and x.device != self._home:
+            raise BackendError(
+                f"layer {self.name!r} was prepared for {self._home} and its input is on {x.device}; backend "
+                f"{self.backend.name!r} cannot move a loaded model. Load it with device_map={str(x.device)!r}"
+            )
+        prepared = self.prepared if self.prepared is not None else self.stored()
+        y: Tensor = self.backend.linear(x, prepared, self.bias)
+        return y
+
+    def extra_repr(self) -> str:
+        """Shape, scheme and backend for printing."""
+        bias = "" if self.bias is None else ", bias"
+        return f"{self.in_features} -> {self.out_features}, {self.scheme.name}{bias}, {self.backend.name}"
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Save the file's tensors also when the backend replaced them (torch's extension point for this)."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.prepared is not None:
+            for name, tensor in self.stored().tensors.items():
+                destination[prefix + name] = tensor
+
+
+def _check(name: str, stored: Stored) -> None:
+    if not bool(torch.isfinite(stored.tensors["scales"]).all()):
+        raise FormatError(
+            f"layer {name!r}: its scales hold infinity or NaN, perhaps because they did not fit float16; "
+            "quantise the model again or keep this layer"
+        )
+    try:
+        stored.rows(0, min(ROW_MULTIPLE, stored.out_features))
+    except FormatError as error:
+        raise FormatError(f"layer {name!r}: {error}") from None

@@ -1,0 +1,100 @@
+"""Text that the model samples itself is a draw from its distribution, and the same for the same seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tests.conftest import tiny_llama
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from auto_round.calibrate.selftext import sample_tokens
+from auto_round.errors import CalibrationError
+
+Words = Callable[..., PreTrainedTokenizerFast]
+SPECIAL = {0, 1, 2}
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    """More tokens than the tokenizer's 1010, as models have."""
+    return tiny_llama(vocab_size=1024)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_samples_begin_as_texts_do_and_hold_ordinary_tokens_only(
+    model: LlamaForCausalLM, words: Words, bos: bool
+) -> None:
+    with torch.no_grad():  # an untrained model whose favourites are those that must not come
+        biased = tiny_llama(vocab_size=1024)
+        biased.lm_head.weight[[2, 1020]] *= 50
+    tokens = sample_tokens(biased, words(bos=bos), 5, 24, seed=3, batch_size=2)
+    assert tokens.shape == (5, 24)
+    assert tokens.dtype == torch.int64
+    assert (tokens[:, 0] == 1).tolist() == [bos] * 5
+    text = tokens[:, 1:] if bos else tokens
+    assert not SPECIAL & set(text.flatten().tolist())
+    assert int(text.max()) < 1010
+    assert len(set(text[:, 0].tolist())) > 1
+
+
+def test_the_seed_alone_decides(model: LlamaForCausalLM, words: Words) -> None:
+    tokenizer = words(bos=True)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = sample_tokens(model, tokenizer, 3, 16, seed=5)
+    assert torch.get_rng_state().equal(state)
+    torch.manual_seed(1)
+    assert sample_tokens(model, tokenizer, 3, 16, seed=5).equal(first)
+    assert sample_tokens(model, tokenizer, 3, 16, seed=6)[:, 1].tolist() != first[:, 1].tolist()
+
+
+def test_the_likeliest_tokens_come_first_as_the_whole_model_has_them(model: LlamaForCausalLM, words: Words) -> None:
+    """The cache must not change what the model says: the greedy tokens are those of a forward over everything."""
+    tokens = sample_tokens(model, words(bos=True), 4, 12, seed=0)
+    with torch.no_grad():
+        logits = model(tokens).logits[..., :1010]
+    logits[..., list(SPECIAL)] = -torch.inf
+    greedy = logits.argmax(-1)[:, :-1] == tokens[:, 1:]  # (samples, tokens - 1)
+    assert greedy[:, 1:5].all()
+    assert not greedy[:, 5:].all()
+
+
+def test_draws_follow_the_models_distribution(words: Words) -> None:
+    model = tiny_llama(vocab_size=1010)
+    with torch.no_grad():
+        # Every place the same: token 20 three times as likely as 21, nothing else at all.
+        model.model.norm.weight.zero_()
+        model.lm_head = torch.nn.Linear(96, 1010)
+        model.lm_head.bias.fill_(-1e4)
+        model.lm_head.bias[20], model.lm_head.bias[21] = torch.tensor(3.0).log(), 0.0
+    drawn = sample_tokens(model, words(bos=True), 16, 60, seed=1)[:, 6:]
+    assert set(drawn.flatten().tolist()) == {20, 21}
+    assert 0.70 < float((drawn == 20).float().mean()) < 0.80
+    assert not sample_tokens(model, words(bos=True), 16, 60, seed=2)[:, 6:].equal(drawn)
+
+
+def test_the_model_is_left_as_it_was_and_the_tokens_can_train(model: LlamaForCausalLM, words: Words) -> None:
+    model.train()
+    try:
+        tokens = sample_tokens(model, words(bos=True), 2, 8, seed=0)
+        assert model.training
+    finally:
+        model.eval()
+    assert not tokens.is_inference()
+    model(tokens, labels=tokens).loss.backward()
+    assert model.lm_head.weight.grad is not None
+    model.zero_grad()
+
+
+def test_a_sample_can_be_shorter_than_its_beginning(model: LlamaForCausalLM, words: Words) -> None:
+    assert sample_tokens(model, words(bos=True), 2, 1, seed=0).tolist() == [[1], [1]]
+
+
+def test_a_model_of_nan_is_an_error(words: Words) -> None:
+    model = tiny_llama(vocab_size=1010)
+    with torch.no_grad():
+        model.lm_head.weight[5, 5] = torch.nan
+    with pytest.raises(CalibrationError, match=r"not finite"):
+        sample_tokens(model, words(bos=True), 2, 8, seed=0)
