@@ -1,4 +1,4 @@
-"""Imports go down only: cli, api, pipeline and its peers, stages, source and runtime, qtensor, numerics, spec, errors."""
+"""Imports go down only: cli, api, pipeline and peers, stages, source and runtime, qtensor, numerics, spec, errors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_imports_go_down_only() -> None:
         if unit in FREE:
             continue
         for target in imports(file) - {unit}:
-            allowed = LEVEL[target] < LEVEL[unit] or (unit, target) in UPWARD and file.name == "convert_model.py"
+            allowed = LEVEL[target] < LEVEL[unit] or ((unit, target) in UPWARD and file.name == "convert_model.py")
             if not allowed:
                 wrong.append(f"{file.relative_to(PACKAGE)} imports {target}")
     assert wrong == []

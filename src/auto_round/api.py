@@ -78,7 +78,9 @@ class AutoRound:
         listener: Listener | None = None,
     ) -> None:
         base = scheme if isinstance(scheme, Scheme) else Scheme.parse(scheme)
-        chosen = {key: value for key, value in (("bits", bits), ("group_size", group_size), ("sym", sym)) if value is not None}
+        chosen = {
+            key: value for key, value in (("bits", bits), ("group_size", group_size), ("sym", sym)) if value is not None
+        }
         tuning = recipe_named(recipe).updated(
             iters=iters,
             lr=lr,

@@ -1,4 +1,4 @@
-"""The exception tree. Every error a user can cause derives from ``AutoRoundError``; the command line exits with 2 for it.
+"""The exception tree. Every error a user can cause derives from ``AutoRoundError``; the command line then exits with 2.
 
 AutoRoundError
 ├── SpecError         a scheme, recipe, preset or layer rule is not valid

@@ -1,4 +1,4 @@
-"""The road that data takes: open the source, plan, calibrate, walk the blocks, and write formats from the same codes."""
+"""The road that data takes: open the source, plan, calibrate, walk the blocks, and write formats from the codes."""
 
 from __future__ import annotations
 
@@ -89,9 +89,7 @@ def quantise(job: Job, formats: Sequence[Format], scratch: Path, listener: Liste
     if blocks is None:
         calibration = _calibration(job, source, skeleton, listener)
         blocks = _tune(job, skeleton, plan, names, calibration, journal, listener)
-    return Quantised(
-        job, source, plan, stored, journal, calibration, tuple(blocks), time.perf_counter() - begin
-    )
+    return Quantised(job, source, plan, stored, journal, calibration, tuple(blocks), time.perf_counter() - begin)
 
 
 def save(result: Quantised, output: Format, folder: Path, largest_shard: int) -> None:
@@ -142,20 +140,20 @@ def _check_complete(skeleton: Skeleton) -> None:
         )
 
 
-def _plan(
-    job: Job, skeleton: Skeleton, block_lists: list[str], names: list[str], formats: Sequence[Format]
-) -> Plan:
+def _plan(job: Job, skeleton: Skeleton, block_lists: list[str], names: list[str], formats: Sequence[Format]) -> Plan:
     inside = [
         LinearShape(name, *linear.weight.shape)
         for block in names
         for name, linear in linears_in(skeleton.model.get_submodule(block), block + ".").items()
     ]
     head = _head_name(skeleton)
-    outside = [LinearShape(head, *skeleton.model.get_submodule(head).weight.shape)] if head else []  # type: ignore[misc]
+    outside = [LinearShape(head, *skeleton.model.get_submodule(head).weight.shape)] if head else []
     rules = dict(job.layer_config)
     if job.quant_lm_head:
         if head is None:
-            raise SpecError("quant_lm_head: this model's head shares its weight with the embedding and is kept; leave it out")
+            raise SpecError(
+                "quant_lm_head: this model's head shares its weight with the embedding and is kept; leave it out"
+            )
         rules = {head: job.scheme, **rules}
 
     def refuse(shape: LinearShape, scheme: Scheme) -> str | None:

@@ -50,8 +50,8 @@ def test_symmetric_gptq_v1_zero_points_are_the_constants_readers_expect(bits: in
 
 def test_awq_words() -> None:
     packed = AWQ.encode(example(4))
-    assert words(packed["qweight"][0]) == "5f932c60 d71ba4e8 5f932c60 d71ba4e8".split()
-    assert words(packed["qzeros"][0]) == "86427531 0ecafdb9 86427531 0ecafdb9".split()
+    assert words(packed["qweight"][0]) == ["5f932c60", "d71ba4e8", "5f932c60", "d71ba4e8"]
+    assert words(packed["qzeros"][0]) == ["86427531", "0ecafdb9", "86427531", "0ecafdb9"]
 
 
 def test_gptq_v1_refuses_a_zero_point_of_zero() -> None:

@@ -29,7 +29,9 @@ def weighted(weight: Tensor, fake: Tensor, moment: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_searched_symmetric_grid_is_never_much_worse_and_better_overall(layer: tuple[Tensor, Tensor], bits: int) -> None:
+def test_searched_symmetric_grid_is_never_much_worse_and_better_overall(
+    layer: tuple[Tensor, Tensor], bits: int
+) -> None:
     weight, moment = layer
     grouped, importance = to_groups(weight, WIDTH), to_groups(moment.diagonal()[None], WIDTH)[0]
     zero, max_code = torch.tensor([[[float(2 ** (bits - 1))]]]), 2**bits - 1

@@ -20,11 +20,20 @@ def skeleton_of(folder: Path) -> Skeleton:
 def test_blocks_are_found_in_the_module_tree() -> None:
     assert find_block_lists(tiny_llama()) == ["model.layers"]
     opt = OPTForCausalLM(
-        OPTConfig(hidden_size=32, ffn_dim=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=64, word_embed_proj_dim=32)
+        OPTConfig(
+            hidden_size=32,
+            ffn_dim=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            vocab_size=64,
+            word_embed_proj_dim=32,
+        )
     )
     assert find_block_lists(opt) == ["model.decoder.layers"]
     assert block_names(opt, ["model.decoder.layers"])[2] == "model.decoder.layers.2"
-    assert "model.decoder.layers.1.fc1" in linears_in(opt.get_submodule("model.decoder.layers.1"), "model.decoder.layers.1.")
+    assert "model.decoder.layers.1.fc1" in linears_in(
+        opt.get_submodule("model.decoder.layers.1"), "model.decoder.layers.1."
+    )
 
 
 def test_a_model_without_linear_blocks_is_refused() -> None:

@@ -28,7 +28,7 @@ class Captured:
     calls: tuple[BlockCall, ...]
 
 
-class _Done(Exception):
+class _DoneError(Exception):
     """Raised by the last recorder: nothing behind the blocks has to run."""
 
 
@@ -61,7 +61,7 @@ class _Recorder(nn.Module):
         self._record.append((hidden, BlockCall(tuple(rest), kwargs)))
         if len(self._record) == self._total:
             if self._final is None:
-                raise _Done
+                raise _DoneError
             hidden = self._final
         return (hidden,) if self._in_tuple else hidden
 
@@ -96,7 +96,7 @@ def inputs_of(
 
     def catch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         caught.append(args[0])
-        raise _Done
+        raise _DoneError
 
     handle = module.register_forward_pre_hook(catch)
     try:
@@ -120,7 +120,7 @@ def _record(
     try:
         with torch.no_grad():
             model(input_ids=tokens, use_cache=False)
-    except _Done:
+    except _DoneError:
         pass
     except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):
         # A model that unpacks tuples fails on a bare tensor; the caller tries the other way and reports.

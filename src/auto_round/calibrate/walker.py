@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 from auto_round.calibrate.capture import BlockCall, Captured, capture, inputs_of
 from auto_round.source.blocks import linears_in
 from auto_round.source.skeleton import Skeleton
-
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,7 @@ class LoadedBlock:
     targets: Tensor
 
 
-def walk(
-    skeleton: Skeleton, block_names: Sequence[str], tokens: Tensor, settings: Walk
-) -> Iterator[LoadedBlock]:
+def walk(skeleton: Skeleton, block_names: Sequence[str], tokens: Tensor, settings: Walk) -> Iterator[LoadedBlock]:
     """Yield every block in order; the consumer leaves its Linears at their quantised weights before asking on.
 
     tokens: (samples, tokens) int64. Both chains are updated in place, so activations cost twice
@@ -58,7 +56,8 @@ def walk(
     for index, name in enumerate(block_names):
         module = skeleton.model.get_submodule(name)
         skeleton.load(module, name, settings.dtype, settings.device)
-        run = _runner(torch.compile(module, dynamic=False) if settings.compile else module, front, index)
+        forward: Callable[..., Any] = torch.compile(module, dynamic=False) if settings.compile else module
+        run = _runner(forward, front, index)
         inputs = quantised
         targets = original if settings.quantised_inputs else torch.empty_like(original)
         _forward(run, original, targets, settings)
@@ -134,11 +133,12 @@ def outside_blocks(model: nn.Module, block_names: Sequence[str]) -> list[tuple[s
     return found
 
 
-def _runner(module: nn.Module, front: _Front, index: int) -> Callable[[Tensor], Tensor]:
+def _runner(forward: Callable[..., Any], front: _Front, index: int) -> Callable[[Tensor], Tensor]:
     def run(hidden: Tensor) -> Tensor:
         call = front.call(hidden.shape[0], index)
-        output = module(hidden, *call.args, **call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        output = forward(hidden, *call.args, **call.kwargs)
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        return states
 
     return run
 

@@ -62,7 +62,7 @@ def encoded(prefix: str, specs: Mapping[str, TensorSpec], encode: Callable[[], M
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def parse_size(text: str | int) -> int:

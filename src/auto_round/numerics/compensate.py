@@ -18,6 +18,7 @@ def inverse_factor(moment: Tensor, damping: float) -> Tensor:
     """
     diagonal = moment.diagonal()
     mean = diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    factor: Tensor
     while damping <= 1:
         damped = moment + torch.diag(diagonal.new_full((len(diagonal),), float(mean * damping)))
         lower, failed = torch.linalg.cholesky_ex(damped)

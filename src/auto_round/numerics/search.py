@@ -40,7 +40,7 @@ def _best_of(
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for scale, zero in candidates:
         scale = storable(scale)
-        error, fit = _error(weight, importance, scale, zero, max_code)
+        error, _ = _error(weight, importance, scale, zero, max_code)
         if best is None:
             best = error, scale, zero.expand_as(scale).clone()
         else:

@@ -1,4 +1,4 @@
-"""What a run tells while it works. The pipeline speaks to one `Listener`; the command line shows it, the API logs it."""
+"""What a run tells while it works. The pipeline speaks to one `Listener`; the command line shows it."""
 
 from __future__ import annotations
 

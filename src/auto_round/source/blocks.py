@@ -34,5 +34,5 @@ def block_names(model: nn.Module, block_lists: list[str]) -> list[str]:
 
 
 def linears_in(module: nn.Module, prefix: str = "") -> dict[str, nn.Linear]:
-    """Return the Linears of `module` by name, each name with `prefix` in front. Subclasses are other layers: left out."""
+    """Return the Linears of `module` by name, each name with `prefix` in front. Subclasses are left out."""
     return {prefix + name: m for name, m in module.named_modules() if type(m) is nn.Linear}

@@ -158,7 +158,7 @@ def _shards(folder: Path) -> list[Path]:
     pickles = sorted([*folder.glob("pytorch_model*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
     if pickles:
         raise SourceError(
-            f"{folder}: holds {pickles[0].name}, a pickle, which can run code when read and is refused. Convert it once:\n"
+            f"{folder}: holds {pickles[0].name}, a pickle, which can run code when read: refused. Convert it once:\n"
             f"python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}')"
             f".save_pretrained('{folder}-safetensors')\" and copy the tokenizer files beside it"
         )
@@ -166,4 +166,6 @@ def _shards(folder: Path) -> list[Path]:
     if len(others) == 1:
         return others
     found = ", ".join(f.name for f in others) or "none"
-    raise SourceError(f"{folder}: no model.safetensors and no model.safetensors.index.json (safetensors found: {found})")
+    raise SourceError(
+        f"{folder}: no model.safetensors and no model.safetensors.index.json (safetensors found: {found})"
+    )

@@ -113,9 +113,7 @@ def _unpack_gguf(file: Path, folder: Path) -> Path:
     if hasattr(transformers, "GgufConfig"):
         keep_floats["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype="bfloat16", **keep_floats
-        )
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype="bfloat16", **keep_floats)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except (ValueError, OSError, KeyError, NotImplementedError) as error:
         raise SourceError(f"{file}: transformers {transformers.__version__} cannot read it: {error}") from None

@@ -114,9 +114,7 @@ def tune_block(
 
 
 @torch.no_grad()
-def evaluate(
-    task: BlockTask, activations: Activations, rows: Tensor, batch_size: int, device: torch.device
-) -> float:
+def evaluate(task: BlockTask, activations: Activations, rows: Tensor, batch_size: int, device: torch.device) -> float:
     """Mean squared error of the block with its present weights over the samples `rows`."""
     total = torch.zeros((), device=device, dtype=torch.float64)
     for batch in rows.split(batch_size):
@@ -198,7 +196,7 @@ def _steps(
             for batch in rows.split(recipe.batch_size):
                 inputs, targets, mask = activations.pick(batch, device)
                 loss = masked_square_error(task.run(inputs), targets, mask) / values
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 total += loss.detach()
             share = 1 - iteration / recipe.iters
             with torch.no_grad():

@@ -98,7 +98,7 @@ class TunedLayer:
         return QTensor(codes, scale[..., 0].half(), zeros, self.scheme)
 
     def _chunks(self) -> list[slice]:
-        """Row ranges of one elementwise pass; a single one on accelerators, whose launches cost more than their caches save."""
+        """Row ranges of one elementwise pass; one on accelerators, whose launches cost more than their caches save."""
         rows, per_row = self.weight.shape[0], self.weight[0].numel()
         size = rows if self.weight.device.type != "cpu" else max(1, ROW_CHUNK // per_row)
         return [slice(begin, begin + size) for begin in range(0, rows, size)]

@@ -26,7 +26,9 @@ class Moments:
 
     def __enter__(self) -> Moments:
         for name, module in self._linears.items():
-            self._handles.append(module.register_forward_pre_hook(lambda _, args, name=name: self.observe(name, args[0])))
+            self._handles.append(
+                module.register_forward_pre_hook(lambda _, args, name=name: self.observe(name, args[0]))
+            )
         return self
 
     def __exit__(
