@@ -1,0 +1,44 @@
+"""Environments of their own for the software that has to open what we write, made once and kept between runs."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+CACHE = Path.home() / ".cache" / "auto-round-tests"
+
+
+def client(name: str, packages: Sequence[str], *, dependencies: bool = False) -> Path:
+    """Return the Python of an environment that has `packages` beside everything this environment has.
+
+    What is installed here (torch, transformers) is seen from there, so only the client itself is downloaded; its own
+    version of a package comes first. This project is not seen: an editable install is not a folder on the path.
+    dependencies: also install what the packages ask for, where this environment does not satisfy it.
+    """
+    here = sysconfig.get_path("purelib")
+    key = hashlib.sha256(repr((sys.version, here, sorted(packages), dependencies)).encode()).hexdigest()[:12]
+    folder = CACHE / f"{name}-{key}"
+    python = folder / "bin" / "python"
+    if (folder / "ready").exists():
+        return python
+    shutil.rmtree(folder, ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    site = next(folder.glob("lib/python*/site-packages"))
+    (site / "outer.pth").write_text(here + "\n", encoding="utf-8")
+    words = [str(python), "-m", "pip", "install", "--quiet", *([] if dependencies else ["--no-deps"]), *packages]
+    subprocess.run(words, check=True)
+    (folder / "ready").touch()
+    return python
+
+
+def run(python: Path, code: str, *arguments: object) -> str:
+    """Run `code` there and return what it prints; a failure shows the end of its standard error."""
+    words = [str(python), "-c", code, *map(str, arguments)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
