@@ -38,7 +38,7 @@ def client(name: str, packages: Sequence[str], *, dependencies: bool = False) ->
 
 def run(python: Path, code: str, *arguments: object) -> str:
     """Run `code` there and return what it prints; a failure shows the end of its standard error."""
-    words = [str(python), "-c", code, *map(str, arguments)]
+    words = [str(python), "-I", "-c", code, *map(str, arguments)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
