@@ -6,27 +6,46 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import logging
 import re
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from auto_round.errors import FormatError, SourceError
-from auto_round.formats.auto_round import LAYOUTS
-from auto_round.formats.layouts import AWQ, Layout
-from auto_round.inference.config import CheckpointConfig
+from auto_round.errors import BackendError, FormatError
+from auto_round.formats import open_coded
+from auto_round.formats.auto_round import settings
+from auto_round.formats.config import GPTQ_V1, INDEXED, LAYOUTS, RAW, CheckpointConfig
+from auto_round.formats.folder import INDEX
 from auto_round.inference.qlinear import QLinear
 from auto_round.inference.select import choose, requested
-from auto_round.qtensor import QTensor
+from auto_round.qtensor import QTensor, plain_g_idx
 from auto_round.source.blocks import find_block_lists
-from auto_round.source.checkpoint import Checkpoint
 from auto_round.spec.scheme import Scheme
+
+# Keys of GPTQ's and AWQ's configs that an auto_round folder says otherwise.
+FOREIGN_KEYS = (
+    "checkpoint_format",
+    "damp_percent",
+    "desc_act",
+    "dynamic",
+    "format",
+    "lm_head",
+    "modules_in_block_to_quantize",
+    "modules_to_not_convert",
+    "pack_dtype",
+    "static_groups",
+    "to_quant_block_names",
+    "true_sequential",
+    "version",
+    "zero_point",
+)
 
 logger = logging.getLogger("auto_round")
 
@@ -65,41 +84,82 @@ def finish(model: nn.Module) -> None:
 
     Raises FormatError otherwise: transformers itself only warns and goes on with uninitialised or random weights.
     """
+    config = CheckpointConfig.parse(_quantization_config(model))
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QLinear)}
-    missing = [f"{name}.{tensor}" for name, m in layers.items() for tensor in m.missing()]
+    absent = {name: m.missing() for name, m in layers.items()}
+    optional = () if config.act_order else (INDEX,)
+    missing = [f"{name}.{tensor}" for name, found in absent.items() for tensor in found if tensor not in optional]
     missing += _missing_beside(model, layers)
     if missing:
         raise FormatError(
             f"{len(missing)} tensors are not in the checkpoint or have other shapes there, {missing[0]!r} among them: "
             "files are missing, or its quantization_config is of another model. Download or quantise it again"
         )
+    if config.indexed:
+        reordered = {name: _group_inputs(m, INDEX in absent[name], config) for name, m in layers.items()}
+        config = dataclasses.replace(config, act_order=any(reordered.values()))
     for layer in layers.values():
         layer.prepare(_dtype(model, layer))
+    _say_how_it_is_saved(model, layers, config)
+
+
+def _group_inputs(layer: QLinear, without_index: bool, config: CheckpointConfig) -> bool:
+    """Free `layer` of its g_idx, bringing the inputs of a group together if they are not; True when they were not."""
+    plain = LAYOUTS[config.packing]
+    tensors = dict(layer.stored().tensors)
+    g_idx = tensors.pop(INDEX)
+    if g_idx.is_meta and not without_index:
+        raise BackendError(f"layer {layer.name!r} is offloaded, and its g_idx has to be read; load without offloading")
+    saved_as = INDEXED[config.packing] if config.act_order else plain
+    if without_index or torch.equal(g_idx, plain_g_idx(layer.scheme, layer.in_features).to(g_idx.device)):
+        layer.arrange(tensors, plain, None, saved_as)
+        return False
+    try:
+        tensor, order = layer.stored().qtensor().in_order()
+    except FormatError as error:
+        raise FormatError(f"layer {layer.name!r}: {error}") from None
+    layer.arrange(plain.encode(tensor), plain, order, INDEXED[config.packing])
+    return True
+
+
+def _say_how_it_is_saved(model: nn.Module, layers: Mapping[str, QLinear], config: CheckpointConfig) -> None:
+    """Make the quantization_config of a folder of another tool that of an auto_round folder, which saving writes."""
+    target = _quantization_config(model)
+    given = target if isinstance(target, dict) else vars(target)
+    if not any(key in given for key in FOREIGN_KEYS):
+        return
+    for key in FOREIGN_KEYS:
+        given.pop(key, None)
+    linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
+    schemes = {**dict.fromkeys(linears), **{name: layer.scheme for name, layer in layers.items()}}
+    packing = "auto_round:gptq" if config.act_order and config.packing == GPTQ_V1 else config.packing
+    packing = "auto_round:gptqmodel" if config.act_order and config.packing == RAW else packing
+    given.update(settings(packing, config.scheme, schemes, config.blocks or find_block_lists(model)))
+    given.update({"desc_act": True} if config.act_order else {})
 
 
 def load_qtensors(folder: Path | str) -> Iterator[tuple[str, QTensor]]:
-    """Yield (layer name as in the file, codes) of every quantised layer of an auto_round-format folder, one at a time.
+    """Yield (layer name as in the file, codes) of every quantised layer of a folder of any format, one at a time.
 
     Raises SourceError or FormatError when the folder cannot be read.
     """
-    folder = Path(folder)
-    config = CheckpointConfig.parse(_read_config(folder))
-    yield from _layers(Checkpoint(folder), config)
+    with tempfile.TemporaryDirectory(prefix="auto-round-") as scratch:
+        model = open_coded(folder, Path(scratch))
+        for name in model.layers:
+            yield name, model.codes(name)
 
 
 def dequantized_state_dict(folder: Path | str) -> dict[str, Tensor]:
-    """Return all tensors of an auto_round-format folder, quantised weights as exact float32 under ``<layer>.weight``.
+    """Return all tensors of a quantised folder, quantised weights as exact float32 under ``<layer>.weight``.
 
     >>> from auto_round.load import dequantized_state_dict
     >>> model.load_state_dict(dequantized_state_dict("./tmp_autoround"))  # doctest: +SKIP
     """
-    folder = Path(folder)
-    checkpoint, config = Checkpoint(folder), CheckpointConfig.parse(_read_config(folder))
-    weights = {name: tensor.dequantize() for name, tensor in _layers(checkpoint, config)}
-    suffixes = ("qweight", "qzeros", "scales", "g_idx")
-    packed = {f"{name}.{suffix}" for name in weights for suffix in suffixes}
-    plain = {name: checkpoint.tensor(name) for name in checkpoint if name not in packed}
-    return {**plain, **{f"{name}.weight": weight for name, weight in weights.items()}}
+    with tempfile.TemporaryDirectory(prefix="auto-round-") as scratch:
+        model = open_coded(folder, Path(scratch))
+        packed = {tensor for layer in model.layers.values() for tensor in layer.tensors}
+        plain = {name: model.checkpoint.tensor(name) for name in model.checkpoint if name not in packed}
+        return {**plain, **{f"{name}.weight": model.weight(name) for name in model.layers}}
 
 
 def _quantization_config(model: nn.Module) -> Any:
@@ -112,52 +172,10 @@ def _quantization_config(model: nn.Module) -> Any:
     return config
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SourceError(f"{folder}: no config.json; is this a model folder?") from None
-    except ValueError as error:
-        raise SourceError(f"{file}: not valid JSON ({error})") from None
-    found = values.get("quantization_config") or values.get("text_config", {}).get("quantization_config")
-    if not isinstance(found, dict):
-        raise FormatError(f"{file}: no quantization_config; the model is not quantised")
-    if found.get("quant_method") != "auto-round":
-        raise FormatError(f"{file}: quant_method {found.get('quant_method')!r} is not read here, only 'auto-round'")
-    return found
-
-
-def _layers(checkpoint: Checkpoint, config: CheckpointConfig) -> Iterator[tuple[str, QTensor]]:
-    layout = LAYOUTS[config.packing]
-    names = [stored.removesuffix(".qweight") for stored in checkpoint if stored.endswith(".qweight")]
-    for name, scheme in config.resolve(names).items():
-        if scheme is None:
-            raise FormatError(f"layer {name!r} is stored as codes, but quantization_config says that it is kept")
-        yield name, _decode(checkpoint, name, layout, scheme)
-
-
-def _decode(checkpoint: Checkpoint, name: str, layout: Layout, scheme: Scheme) -> QTensor:
-    tensors = {suffix: checkpoint.tensor(f"{name}.{suffix}") for suffix in ("qweight", "qzeros", "scales")}
-    rows = tensors["qweight"].shape[0]
-    in_features = rows if layout is AWQ else rows * 32 // scheme.bits
-    out_features = tensors["scales"].shape[-1]
-    found = {suffix: tuple(t.shape) for suffix, t in tensors.items()}
-    wanted = {suffix: shape for suffix, (_, shape) in layout.specs(scheme, out_features, in_features).items()}
-    if found != wanted:
-        raise FormatError(
-            f"layer {name!r} has shapes {found}, but {scheme.name} needs {wanted}; the config does not fit"
-        )
-    try:
-        return layout.decode({**tensors, "scales": tensors["scales"].to(torch.float16)}, scheme, in_features)
-    except FormatError as error:
-        raise FormatError(f"layer {name!r}: {error}") from None
-
-
 def _make(
     model: nn.Module, name: str, linear: nn.Linear, scheme: Scheme, config: CheckpointConfig, device: torch.device
 ) -> QLinear:
-    layout = LAYOUTS[config.packing]
+    layout = config.layout
     shape = (linear.out_features, linear.in_features)
     refusal = layout.refuse(scheme, *shape)
     if refusal is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -17,14 +18,17 @@ class QTensor:
     """A quantised weight. W[o, i] = scales[o, k] * (codes[o, i] - zeros[o, k]) with k = i // group width.
 
     codes: (out, in) uint8, values 0 .. 2^bits-1.
-    scales: (out, groups) float16; may be negative in the symmetric scheme.
+    scales: (out, groups) float16 (float32 in models of others that need it); may be negative in the symmetric scheme.
     zeros: (out, groups) uint8, values 0 .. 2^bits-1; None in the symmetric scheme, where it is 2^(bits-1) throughout.
+    g_idx: (in,) int32, the group k of each input where inputs of a group are not neighbours (act-order GPTQ, see
+    `in_order`); None where k = i // group width.
     """
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
     scheme: Scheme
+    g_idx: Tensor | None = None
 
     def __post_init__(self) -> None:
         out_features, in_features = self.codes.shape
@@ -37,6 +41,8 @@ class QTensor:
             raise FormatError(f"zero points are {'missing' if self.zeros is None else 'given'} with {self.scheme}")
         if self.zeros is not None and tuple(self.zeros.shape) != grid:
             raise FormatError(f"zero points have shape {tuple(self.zeros.shape)}, expected {grid}")
+        if self.g_idx is not None and tuple(self.g_idx.shape) != (in_features,):
+            raise FormatError(f"g_idx has shape {tuple(self.g_idx.shape)}, expected {(in_features,)}")
 
     @property
     def out_features(self) -> int:
@@ -56,16 +62,49 @@ class QTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight (out, in): exact in float32, then rounded to `dtype`."""
-        width = self.scheme.group_width(self.in_features)
-        offsets = expand_groups(self.zero_points(), width, self.in_features)
-        scales = expand_groups(self.scales.float(), width, self.in_features)
+        offsets = self._spread(self.zero_points())
+        scales = self._spread(self.scales.float())
         return ((self.codes.to(torch.int16) - offsets).float() * scales).to(dtype)
 
+    def in_order(self) -> tuple[QTensor, Tensor]:
+        """Bring the inputs of a group together: return (a tensor without g_idx, order (in,) int64) of equal weights.
+
+        Column j of the new tensor is column order[j] of this one, so x @ W^T = x[..., order] @ new^T. Raises
+        FormatError when the groups do not have the sizes that the scheme says.
+        """
+        if self.g_idx is None:
+            return self, torch.arange(self.in_features, device=self.codes.device)
+        order = torch.argsort(self.g_idx, stable=True)
+        if not torch.equal(self.g_idx[order], plain_g_idx(self.scheme, self.in_features).to(order.device)):
+            raise FormatError(f"g_idx does not have {self.scheme.group_width(self.in_features)} inputs in each group")
+        return dataclasses.replace(self, codes=self.codes[:, order], g_idx=None), order
+
+    def out_of_order(self, order: Tensor) -> QTensor:
+        """Inverse of `in_order`: put the columns back; order (in,) int64 as it returned it."""
+        codes, g_idx = torch.empty_like(self.codes), plain_g_idx(self.scheme, self.in_features).to(order.device)
+        codes[:, order] = self.codes
+        scattered = torch.empty_like(g_idx)
+        scattered[order] = g_idx
+        return dataclasses.replace(self, codes=codes, g_idx=scattered)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """(out, groups) -> (out, in): each input gets its group's value."""
+        if self.g_idx is not None:
+            return values[:, self.g_idx.long()]
+        return expand_groups(values, self.scheme.group_width(self.in_features), self.in_features)
+
     def same(self, other: QTensor) -> bool:
-        """True when codes, scales and zero points are bit-identical."""
+        """True when codes, scales, zero points and groups are bit-identical."""
         return (
             self.scheme == other.scheme
             and torch.equal(self.codes, other.codes)
             and torch.equal(self.scales, other.scales)
             and torch.equal(self.zero_points(), other.zero_points())
+            and (self.g_idx is None) == (other.g_idx is None)
+            and (self.g_idx is None or other.g_idx is None or torch.equal(self.g_idx, other.g_idx))
         )
+
+
+def plain_g_idx(scheme: Scheme, in_features: int) -> Tensor:
+    """(in,) int32: the group of each input where groups are runs of neighbours, i // group width."""
+    return torch.arange(in_features, dtype=torch.int32) // scheme.group_width(in_features)

@@ -71,17 +71,6 @@ def test_forward_is_the_dense_layer(
     torch.testing.assert_close(y.double(), expected, atol=tolerance, rtol=tolerance)
 
 
-def test_zero_points_of_two_to_the_bits_are_exact() -> None:
-    """Other writers of GPTQ v1 store 2^b - 1, which is zero point 2^b."""
-    scheme = Scheme(4, 32, sym=False)
-    tensor = random_qtensor(32, 64, scheme, 1, seed=0)
-    wide = QTensor(tensor.codes, tensor.scales, torch.full_like(tensor.zero_points(), 16), scheme)
-    layer = QLinear.from_qtensor(wide, GPTQ_V1, BACKEND)
-    assert int(layer.qzeros[0, 0]) == -1  # every nibble 15
-    x = torch.eye(64)
-    torch.testing.assert_close(layer(x), wide.dequantize().t())
-
-
 def test_weights_stay_packed_and_gradients_reach_the_input() -> None:
     layer = QLinear.from_qtensor(random_qtensor(64, 128, Scheme(2, 128), 1, seed=1), GPTQ_V1, BACKEND)
     assert sum(t.nbytes for t in layer.state_dict().values()) == 64 * 128 // 4 + 64 * 2 + 64 // 4

@@ -11,61 +11,51 @@ Tensors of the source that are not quantised keep their names and bytes; a quant
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from auto_round.errors import FormatError
-from auto_round.formats.base import Export
-from auto_round.formats.layouts import AWQ, GPTQ_RAW, GPTQ_V1, Layout
-from auto_round.formats.shards import Piece, copied, encoded, write_shards
-from auto_round.qtensor import QTensor
-from auto_round.source.checkpoint import Checkpoint
-from auto_round.spec.plan import LayerPlan, LinearShape, Plan
+from auto_round.formats.base import CodedModel, Export
+from auto_round.formats.config import LAYOUTS, CheckpointConfig
+from auto_round.formats.folder import method_of, open_folder, prove_codes, read_settings, write_folder
+from auto_round.formats.layouts import AWQ, GPTQ_RAW
+from auto_round.spec.plan import LinearShape, Plan
 from auto_round.spec.scheme import Scheme
 
-LAYOUTS: dict[str, Layout] = {
-    "auto_round:auto_gptq": GPTQ_V1,
-    "auto_round:auto_awq": AWQ,
-    "auto_round": GPTQ_RAW,
-}
+METHODS = ("auto-round", "intel/auto-round")  # the second is that of the first releases; transformers refuses it
 
 
 def packing_for(plan: Plan) -> str:
     """The packing that serves most readers for a plan's schemes; see the table at the top of this file."""
-    layers = plan.quantised.values()
-    if all(layer.scheme is not None and layer.scheme.sym for layer in layers):
+    shapes = [(layer.scheme, layer.out_features, layer.in_features) for layer in plan.quantised.values()]
+    if all(scheme is not None and scheme.sym for scheme, *_ in shapes):
         return "auto_round:auto_gptq"
-    if all(AWQ.refuse(_scheme(layer), layer.out_features, layer.in_features) is None for layer in layers):
+    if all(scheme is not None and AWQ.refuse(scheme, *shape) is None for scheme, *shape in shapes):
         return "auto_round:auto_awq"
     return "auto_round"
 
 
-def _scheme(layer: LayerPlan) -> Scheme:
-    if layer.scheme is None:
-        raise FormatError(f"layer {layer.name!r} is kept and has no scheme")
-    return layer.scheme
-
-
 def quantization_config(plan: Plan, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """The dict that goes into config.json: keys that transformers, vLLM and SGLang read, then provenance.
+    """The dict that goes into config.json: keys that transformers, vLLM and SGLang read, then provenance."""
+    layers = {layer.name: layer.scheme for layer in plan.layers}
+    return {**settings(packing_for(plan), plan.scheme, layers, plan.block_lists), **provenance}
+
+
+def settings(packing: str, base: Scheme, layers: Mapping[str, Scheme | None], blocks: Iterable[str]) -> dict[str, Any]:
+    """The keys that decide how a folder is read.
 
     Every Linear that differs from the global scheme is named in full, kept ones with 16 bits, since readers disagree
     about patterns.
     """
-    base = plan.scheme
     extra: dict[str, dict[str, Any]] = {}
-    blocks = tuple(name + "." for name in plan.block_lists)
-    for layer in plan.layers:
-        inside = layer.name.startswith(blocks)
-        if layer.scheme is None:
+    prefixes = tuple(f"{name}." for name in blocks)
+    for name, scheme in layers.items():
+        inside = name.startswith(prefixes)
+        if scheme is None:
             if inside:
-                extra[layer.name] = {"bits": 16, "data_type": "float"}
-        elif layer.scheme != base or not inside:
-            scheme = layer.scheme
-            extra[layer.name] = {
+                extra[name] = {"bits": 16, "data_type": "float"}
+        elif scheme != base or not inside:
+            extra[name] = {
                 "bits": scheme.bits,
                 "group_size": scheme.group_size,
                 "sym": scheme.sym,
@@ -73,16 +63,14 @@ def quantization_config(plan: Plan, provenance: Mapping[str, Any]) -> dict[str, 
             }
     config: dict[str, Any] = {
         "quant_method": "auto-round",
-        "packing_format": packing_for(plan),
+        "packing_format": packing,
         "bits": base.bits,
         "group_size": base.group_size,
         "sym": base.sym,
         "data_type": "int",
-        "block_name_to_quantize": ",".join(plan.block_lists),
+        "block_name_to_quantize": ",".join(blocks),
     }
-    if extra:
-        config["extra_config"] = extra
-    return {**config, **provenance}
+    return {**config, "extra_config": extra} if extra else config
 
 
 class AutoRoundFormat:
@@ -94,51 +82,30 @@ class AutoRoundFormat:
         """The GPTQ layouts hold every scheme as long as both dimensions are multiples of 32."""
         return GPTQ_RAW.refuse(scheme, shape.out_features, shape.in_features)
 
+    def check(self, plan: Plan) -> None:
+        """Every mix of schemes, and the head, can be said."""
+
     def write(self, export: Export, folder: Path, largest_shard: int) -> None:
         """Write weights, config.json, quantization_config.json and the source's other files into `folder`."""
         config = quantization_config(export.plan, export.provenance)
         layout = LAYOUTS[config["packing_format"]]
-        write_shards(folder, list(_pieces(export, layout)), largest_shard)
-        for file in export.extra:
-            shutil.copyfile(file, folder / file.name)
-        _write_json(folder / "quantization_config.json", config)
-        _write_json(folder / "config.json", {**export.config, "quantization_config": config})
+        write_folder(export, folder, largest_shard, layout, config, "quantization_config.json")
 
-    def read(self, folder: Path) -> Iterator[tuple[str, QTensor]]:
-        """Yield the layers that `write` recorded, exactly."""
-        config = json.loads((folder / "quantization_config.json").read_text(encoding="utf-8"))
-        layout = LAYOUTS[config["packing_format"]]
-        checkpoint = Checkpoint(folder)
-        base = Scheme(config["bits"], config["group_size"], config["sym"])
-        overrides = config.get("extra_config", {})
-        for stored in checkpoint:
-            if not stored.endswith(".qweight"):
-                continue
-            prefix = stored.removesuffix(".qweight")
-            scheme = base.updated({k: v for k, v in overrides.get(prefix, {}).items() if k != "data_type"})
-            tensors = {suffix: checkpoint.tensor(f"{prefix}.{suffix}") for suffix in ("qweight", "qzeros", "scales")}
-            yield prefix, layout.decode(tensors, scheme, _in_features(layout, tensors["qweight"].shape, scheme))
+    def prove(self, export: Export, folder: Path) -> None:
+        """Every layer must read back bit for bit."""
+        prove_codes(export, self._open(folder))
 
+    def open(self, path: Path, scratch: Path) -> CodedModel | None:
+        """Open folders of every packing, of our and of older writers."""
+        return self._open(path) if method_of(path) in METHODS else None
 
-def _in_features(layout: Layout, shape: tuple[int, ...], scheme: Scheme) -> int:
-    return shape[0] if layout is AWQ else shape[0] * 32 // scheme.bits
-
-
-def _pieces(export: Export, layout: Layout) -> Iterator[Piece]:
-    """The output's tensors in the source's order, each quantised weight replaced by its packed tensors."""
-    replaced = {export.stored_names[name]: layer for name, layer in export.plan.quantised.items()}
-    for stored in export.checkpoint:
-        layer = replaced.get(stored)
-        if layer is None:
-            yield copied(export.checkpoint, stored)
-            continue
-        specs = layout.specs(_scheme(layer), layer.out_features, layer.in_features)
-        prefix = stored.removesuffix(".weight")
-        yield encoded(prefix, specs, lambda name=layer.name: layout.encode(export.tensor(name)))  # type: ignore[misc]
-
-
-def _write_json(file: Path, value: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    def _open(self, folder: Path) -> CodedModel:
+        given = read_settings(folder)[1]
+        config = CheckpointConfig.parse(given)
+        detail = f"packing {given.get('packing_format') or given.get('backend') or config.packing}"
+        return open_folder(
+            folder, format=self.name, detail=detail, layout=config.layout, rules=config, blocks=config.blocks
+        )
 
 
 FORMAT = AutoRoundFormat()

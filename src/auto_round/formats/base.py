@@ -1,11 +1,13 @@
-"""What a model-level format is: it says what it cannot hold before tuning, and writes and reads a folder."""
+"""What a model-level format is: it says what it cannot hold before any work, writes a model, and opens one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from auto_round.qtensor import QTensor
 from auto_round.source.checkpoint import Checkpoint
@@ -17,22 +19,69 @@ from auto_round.spec.scheme import Scheme
 class Export:
     """All that a format needs to write a model.
 
-    checkpoint: the source's tensors; config: its config.json as parsed; plan: what is quantised; stored_names: layer
-    name -> name of its weight in the checkpoint; tensor: the codes of a layer; extra: files to copy beside the weights;
-    provenance: what made the model (iters, seed, data), recorded in the folder.
+    checkpoint: the source's tensors; config: its config.json as parsed, without a quantization_config; plan: what is
+    quantised; stored_names: layer name -> name of its weight, also where the source holds codes instead; replaced:
+    source tensor -> the layer whose own tensors stand in its place; tensor: the codes of a layer; weight: its weight
+    (out, in) float32; extra: files to copy beside the weights; provenance: what made the model (iters, seed, data),
+    recorded in the folder. act_order: some codes have a g_idx.
     """
 
     checkpoint: Checkpoint
     config: Mapping[str, Any]
     plan: Plan
     stored_names: Mapping[str, str]
+    replaced: Mapping[str, str]
     tensor: Callable[[str], QTensor]
+    weight: Callable[[str], Tensor]
     extra: tuple[Path, ...]
     provenance: Mapping[str, Any]
+    act_order: bool = False
+
+
+@dataclass(frozen=True)
+class CodedLayer:
+    """One quantised layer as it lies in its files.
+
+    kind: its scheme in words, such as "W4A16G128" or "Q4_K". scheme: None where no `Scheme` says it. tensors: names of
+    the tensors it is stored in. act_order: inputs of a group are not neighbours.
+    """
+
+    name: str
+    kind: str
+    scheme: Scheme | None
+    out_features: int
+    in_features: int
+    nbytes: int
+    tensors: tuple[str, ...]
+    act_order: bool = False
+
+
+@dataclass(frozen=True)
+class CodedModel:
+    """A quantised model, opened without reading its codes.
+
+    path: folder or file. format: name in the registry under which it would be written like this; detail: what else
+    there is to say about how it is packed. config: config.json without its quantization_config. checkpoint: all stored
+    tensors, codes and others. layers: by name as in the file. block_lists: names of the lists of blocks.
+    codes: the codes of a layer, raising FormatError where it has none that a `QTensor` holds. weight: a layer's
+    weight (out, in) float32. extra: the other files. settings: quantization_config or its like.
+    """
+
+    path: Path
+    format: str
+    detail: str
+    config: Mapping[str, Any]
+    checkpoint: Checkpoint
+    layers: Mapping[str, CodedLayer]
+    block_lists: tuple[str, ...]
+    codes: Callable[[str], QTensor]
+    weight: Callable[[str], Tensor]
+    extra: tuple[Path, ...]
+    settings: Mapping[str, Any]
 
 
 class Format(Protocol):
-    """One output format."""
+    """One format. `name` is what users type."""
 
     name: str
 
@@ -40,10 +89,21 @@ class Format(Protocol):
         """Say why the format cannot hold such a layer, or None. Asked before any work."""
         ...
 
+    def check(self, plan: Plan) -> None:
+        """Raise FormatError when the format cannot hold the plan as a whole. Asked before any work."""
+        ...
+
     def write(self, export: Export, folder: Path, largest_shard: int) -> None:
         """Write the model into the empty folder `folder`."""
         ...
 
-    def read(self, folder: Path) -> Iterator[tuple[str, QTensor]]:
-        """Yield (layer name as in the file, codes) of every quantised layer of a folder."""
+    def prove(self, export: Export, folder: Path) -> None:
+        """Read back what `write` wrote; raise FormatError naming a layer that does not give exactly its codes."""
+        ...
+
+    def open(self, path: Path, scratch: Path) -> CodedModel | None:
+        """Open a folder or file of this format; None if it is of another. scratch: where to unpack what has to be.
+
+        Raises SourceError or FormatError naming file and tensor when it is damaged or its config disagrees with it.
+        """
         ...

@@ -56,12 +56,13 @@ def encoded(prefix: str, specs: Mapping[str, TensorSpec], encode: Callable[[], M
         slots[f"{prefix}.{suffix}"] = Slot(DTYPE_NAMES[dtype], shape, math.prod(shape) * dtype.itemsize)
 
     def make() -> dict[str, memoryview]:
-        return {f"{prefix}.{suffix}": _bytes(tensor) for suffix, tensor in encode().items()}
+        return {f"{prefix}.{suffix}": tensor_bytes(tensor) for suffix, tensor in encode().items()}
 
     return Piece(slots, make)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor as they go to a file."""
     return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 

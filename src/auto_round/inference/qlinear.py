@@ -1,6 +1,7 @@
 """The module that stands where a Linear stood: packed codes, and a backend to multiply with them.
 
 buffers    those of the file, for example qweight int32, qzeros int32 and scales float16 (see `Packing.specs`)
+order      the inputs' order that the buffers are in, int64 (in,), for act-order GPTQ files; None: as they come
 bias       parameter of the Linear it replaces, in the model's dtype, or None
 
 It is for inference: gradients flow to its input (adapters beside it can be trained), but it has no weight to train.
@@ -8,6 +9,7 @@ It is for inference: gradients flow to its input (adapters beside it can be trai
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ class QLinear(nn.Module):
     """
 
     bias: nn.Parameter | None
+    order: Tensor | None
 
     def __init__(
         self,
@@ -49,7 +52,9 @@ class QLinear(nn.Module):
         self.name = name
         self.prepared: Prepared | None = None
         self._home = torch.device(device)
+        self._saved_as: Packing = layout
         self._stored_names: tuple[str, ...] = ()
+        self.register_buffer("order", None, persistent=False)
         for tensor, (dtype, shape) in layout.specs(scheme, out_features, in_features).items():
             self.register_buffer(tensor, torch.empty(shape, dtype=dtype, device=device))
             self._stored_names += (tensor,)
@@ -98,6 +103,19 @@ class QLinear(nn.Module):
         present = {name: t for name, t in tensors.items() if t is not None and not t.is_meta}
         return [name for name, t in present.items() if name not in self._loaded or tuple(t.shape) != shapes[name]]
 
+    def arrange(self, tensors: Mapping[str, Tensor], layout: Packing, order: Tensor | None, saved_as: Packing) -> None:
+        """Go on with `tensors` of `layout` in place of those that were loaded; call before `prepare`.
+
+        order: (in,) int64, how the inputs go before they are multiplied, see `QTensor.in_order`; None: as they come.
+        saved_as: the layout in which the layer is saved, with its inputs as they come.
+        """
+        for name in self._stored_names:
+            del self._buffers[name]
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+        self._stored_names = tuple(tensors)
+        self.layout, self.order, self._saved_as = layout, order, saved_as
+
     def prepare(self, dtype: torch.dtype) -> None:
         """Check the loaded tensors and let the backend turn them into what it computes from; frees what it replaces.
 
@@ -120,7 +138,10 @@ class QLinear(nn.Module):
             self._buffers[name] = None
 
     def stored(self) -> Stored:
-        """The layer's tensors as its file holds them. Raises BackendError when they were cast after loading."""
+        """The layer's tensors as its file holds them, inputs in `order`.
+
+        Raises BackendError when they were cast after loading.
+        """
         if self.prepared is not None:
             return Stored.of(self.prepared.qtensor(), self.layout)
         tensors = {name: self._buffers[name] for name in self._stored_names}
@@ -133,8 +154,9 @@ class QLinear(nn.Module):
         return Stored(self.layout, self.scheme, self.out_features, self.in_features, found)
 
     def qtensor(self) -> QTensor:
-        """The layer's codes, scales and zero points."""
-        return self.prepared.qtensor() if self.prepared is not None else self.stored().qtensor()
+        """The layer's codes, scales and zero points, inputs as they come."""
+        tensor = self.prepared.qtensor() if self.prepared is not None else self.stored().qtensor()
+        return tensor if self.order is None else tensor.out_of_order(self.order)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply inputs (..., in) to outputs (..., out) of the same dtype."""
@@ -144,6 +166,7 @@ class QLinear(nn.Module):
                 f"{self.backend.name!r} cannot move a loaded model. Load it with device_map={str(x.device)!r}"
             )
         prepared = self.prepared if self.prepared is not None else self.stored()
+        x = x if self.order is None else x.index_select(-1, self.order)
         y: Tensor = self.backend.linear(x, prepared, self.bias)
         return y
 
@@ -153,10 +176,10 @@ class QLinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, {self.scheme.name}{bias}, {self.backend.name}"
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Save the file's tensors also when the backend replaced them (torch's extension point for this)."""
+        """Save the file's tensors also when they were replaced (torch's extension point for this)."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.prepared is not None:
-            for name, tensor in self.stored().tensors.items():
+        if self.prepared is not None or self._saved_as is not self.layout:
+            for name, tensor in self._saved_as.encode(self.qtensor()).items():
                 destination[prefix + name] = tensor
 
 

@@ -73,7 +73,10 @@ def _plan(job: Job, skeleton: Skeleton, block_lists: list[str], names: list[str]
     def refuse(shape: LinearShape, scheme: Scheme) -> str | None:
         return next((reason for f in formats if (reason := f.refuse(shape, scheme))), None)
 
-    return make_plan(inside, outside, block_lists, job.scheme, rules, refuse)
+    plan = make_plan(inside, outside, block_lists, job.scheme, rules, refuse)
+    for output in formats:
+        output.check(plan)
+    return plan
 
 
 def _head_name(skeleton: Skeleton) -> str | None:

@@ -17,7 +17,14 @@ from auto_round.source.checkpoint import Checkpoint
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
 # Files the output writes itself, or that describe weights it does not have.
-NOT_COPIED = ("config.json", "quantization_config.json", "model.safetensors.index.json", "auto_round.json")
+NOT_COPIED = (
+    "config.json",
+    "quantization_config.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "model.safetensors.index.json",
+    "auto_round.json",
+)
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "LICENSE*", "README*")
 
 
@@ -39,17 +46,22 @@ class Source:
 
     @property
     def extra_files(self) -> tuple[Path, ...]:
-        """The folder's other files: tokenizer, chat template, generation config, licence."""
-        return tuple(
-            sorted(
-                file
-                for file in self.folder.iterdir()
-                if file.is_file()
-                and not file.name.startswith(".")
-                and not file.name.endswith((*WEIGHT_SUFFIXES, ".index.json"))
-                and file.name not in NOT_COPIED
-            )
+        """The folder's other files; see `extra_files`."""
+        return extra_files(self.folder)
+
+
+def extra_files(folder: Path) -> tuple[Path, ...]:
+    """Return what lies beside config and weights: tokenizer, chat template, generation config, licence."""
+    return tuple(
+        sorted(
+            file
+            for file in folder.iterdir()
+            if file.is_file()
+            and not file.name.startswith(".")
+            and not file.name.endswith((*WEIGHT_SUFFIXES, ".index.json"))
+            and file.name not in NOT_COPIED
         )
+    )
 
 
 def open_source(

@@ -61,6 +61,10 @@ class Scheme:
         """Groups per row, counting a short last one."""
         return -(-in_features // self.group_width(in_features))
 
+    def divides(self, in_features: int) -> bool:
+        """True when the row is made of whole groups of the size named, as most readers need."""
+        return self.group_size == -1 or in_features % self.group_size == 0
+
     def bits_per_weight(self, in_features: int) -> float:
         """Stored bits per weight: codes, a 16-bit scale and a zero point of `bits` bits per group."""
         return self.bits + (16 + self.bits) * self.group_count(in_features) / in_features

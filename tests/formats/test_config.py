@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoRoundConfig
 
 from auto_round.errors import FormatError
-from auto_round.inference.config import AWQ, GPTQ_V1, RAW, CheckpointConfig
+from auto_round.formats.config import AWQ, GPTQ_V1, RAW, CheckpointConfig
 from auto_round.spec.scheme import Scheme
 
 NAMES = ["model.layers.0.q", "model.layers.1.q", "model.layers.10.q", "model.layers.1.down", "lm_head"]
@@ -100,7 +100,8 @@ def test_transformers_own_object_is_read_too() -> None:
         ({"rotation_config": {"type": "hadamard"}}, r"rotation_config"),
         ({"extra_config": {"head": {"bits": 4, "data_type": "fp"}}}, r"extra_config\['head'\]: data_type 'fp'"),
         ({"extra_config": {"head": {"act_bits": 8}}}, r"extra_config\['head'\]: act_bits=8"),
-        ({"dynamic": {"+:head": {"desc_act": True}}}, r"dynamic\['\+:head'\]: desc_act"),
+        ({"packing_format": "auto_round:awq", "desc_act": True}, r"desc_act.*no g_idx"),
+        ({"packing_format": "auto_round:awq", "version": "gemv"}, r"AWQ version 'gemv'"),
     ],
 )
 def test_what_would_be_read_wrongly_is_refused(keys: dict[str, Any], message: str) -> None:

@@ -5,6 +5,8 @@ Rules for one layer, first hit wins:
 2. a key of extra_config that is no layer's name is found in it as a regular expression;
 3. a key of dynamic (GPTQ) matches from its start: "-:" keeps it, "+:" or nothing changes the scheme;
 4. it lies in the blocks, and neither modules_to_not_convert nor modules_in_block_to_quantize speak against it.
+
+The configs of GPTQ and AWQ folders are read here too: their keys differ in name, their rules do not contradict.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from auto_round.errors import FormatError, SpecError
+from auto_round.formats import layouts
+from auto_round.formats.layouts import Layout
 from auto_round.registry import did_you_mean
 from auto_round.spec.scheme import Scheme
 
@@ -29,9 +33,13 @@ PACKINGS = {
     "auto_round": RAW,
     "auto_round:gptqmodel": RAW,
 }
+LAYOUTS: dict[str, Layout] = {GPTQ_V1: layouts.GPTQ_V1, AWQ: layouts.AWQ, RAW: layouts.GPTQ_RAW}
+INDEXED: dict[str, Layout] = {GPTQ_V1: layouts.GPTQ_V1_INDEXED, RAW: layouts.GPTQ_RAW_INDEXED}
+MAY_HAVE_INDEX = ("auto_round:gptq", "auto_round:gptqmodel")  # packings of files that may hold a g_idx
 UNSAID_PACKING = "auto_round:gptq"  # what transformers fills in when the file says nothing
 BLOCK_KEYS = ("block_name_to_quantize", "to_quant_block_names", "quant_block_list")
 SCHEME_KEYS = ("bits", "group_size", "sym")
+ALIASES = {"w_bit": "bits", "wbits": "bits", "q_group_size": "group_size"}
 UNQUANTISED_BITS = 16
 
 
@@ -39,12 +47,15 @@ UNQUANTISED_BITS = 16
 class CheckpointConfig:
     """A parsed ``quantization_config``.
 
-    packing: one of GPTQ_V1, AWQ, RAW. scheme: that of layers without a rule. backend: the user's spelling.
+    packing: one of GPTQ_V1, AWQ, RAW. indexed: its files may hold a g_idx; act_order: they must, and it matters.
+    scheme: that of layers without a rule. backend: the user's spelling.
     blocks: names of block lists or blocks; empty when the file does not say. extra, dynamic: pattern -> scheme or keep.
     skipped: names never converted. only: if not empty, the names inside a block that are.
     """
 
     packing: str
+    indexed: bool
+    act_order: bool
     scheme: Scheme
     backend: str
     blocks: tuple[str, ...]
@@ -59,16 +70,22 @@ class CheckpointConfig:
 
         Raises FormatError naming the key or layer whose setting cannot be loaded.
         """
-        values: dict[str, Any] = dict(config) if isinstance(config, Mapping) else config.to_dict()
+        given: dict[str, Any] = dict(config) if isinstance(config, Mapping) else config.to_dict()
+        values = {**{ALIASES[key]: value for key, value in given.items() if key in ALIASES}, **given}
         _refuse_settings(values, "quantization_config")
-        packing, backend = _packing_and_backend(values)
+        packing, indexed, backend = _packing_and_backend(values)
+        act_order = bool(values.get("desc_act"))
+        if act_order and packing == AWQ:
+            raise FormatError("quantization_config: desc_act cannot be loaded with an AWQ packing, which has no g_idx")
         scheme = _scheme(values, Scheme(), "quantization_config")
         if scheme is None:
             raise FormatError(f"quantization_config has bits={values.get('bits')!r}: nothing in it is quantised")
-        if "zero_point" in values and packing == AWQ:  # AWQ's own key; its files have no sym
+        if "zero_point" in values and packing == AWQ:  # AWQ's own key; transformers fills in a sym beside it
             scheme = scheme.updated({"sym": not values["zero_point"]})
         return cls(
             packing=packing,
+            indexed=indexed or act_order,
+            act_order=act_order,
             scheme=scheme,
             backend=backend,
             blocks=next((names for key in BLOCK_KEYS if (names := tuple(_strings(values.get(key))))), ()),
@@ -80,18 +97,23 @@ class CheckpointConfig:
             only=tuple(_strings(values.get("modules_in_block_to_quantize"))),
         )
 
+    @property
+    def layout(self) -> Layout:
+        """How the layers' tensors lie."""
+        return INDEXED[self.packing] if self.indexed else LAYOUTS[self.packing]
+
     def resolve(self, names: Sequence[str], blocks: Sequence[str] = ("",)) -> dict[str, Scheme | None]:
         """Return for each layer its scheme, or None to keep it.
 
-        names: all candidates. blocks: names of block lists or blocks; "" is the whole model.
+        names: all candidates, which may lack the first parts that the keys of extra_config have, as files of a bare
+        base model do. blocks: names of block lists or blocks; "" is the whole model.
         """
         known = set(names)
-        patterns = {key: scheme for key, scheme in self.extra.items() if key not in known}
-        return {name: self._scheme_of(name, patterns, blocks) for name in names}
+        exact = {tail: scheme for key, scheme in self.extra.items() if (tail := _known_tail(key, known)) is not None}
+        patterns = {key: scheme for key, scheme in self.extra.items() if _known_tail(key, known) is None}
+        return {name: exact[name] if name in exact else self._scheme_of(name, patterns, blocks) for name in names}
 
     def _scheme_of(self, name: str, patterns: Mapping[str, Scheme | None], blocks: Sequence[str]) -> Scheme | None:
-        if name in self.extra:
-            return self.extra[name]
         for key, scheme in patterns.items():
             if _expression(key).search(name):
                 return scheme
@@ -109,9 +131,19 @@ class CheckpointConfig:
         return not self.only or any(dotted.endswith(f".{inner}.") for inner in self.only)
 
 
-def _packing_and_backend(values: Mapping[str, Any]) -> tuple[str, str]:
-    """Old folders name the packing in `backend`; there it wins over the packing that transformers fills in."""
-    packing = str(values.get("packing_format") or UNSAID_PACKING)
+def _known_tail(key: str, known: set[str]) -> str | None:
+    """`key`, or the longest dotted end of it, that is in `known`."""
+    parts = key.split(".")
+    return next((tail for i in range(len(parts)) if (tail := ".".join(parts[i:])) in known), None)
+
+
+def _packing_and_backend(values: Mapping[str, Any]) -> tuple[str, bool, str]:
+    """(packing, whether there may be a g_idx, backend).
+
+    Old folders name the packing in `backend`; there it wins over the packing that transformers fills in.
+    """
+    method = str(values.get("quant_method") or "")
+    packing = str(values.get("packing_format") or ("auto_round:awq" if method == "awq" else UNSAID_PACKING))
     backend = str(values.get("backend") or "auto")
     if backend != "auto" and backend in PACKINGS:
         packing, backend = (backend if packing == UNSAID_PACKING else packing), "auto"
@@ -120,12 +152,21 @@ def _packing_and_backend(values: Mapping[str, Any]) -> tuple[str, str]:
             f"packing_format {packing!r} is not one this version reads. {did_you_mean(packing, list(PACKINGS))}"
         )
     name = PACKINGS[packing]
-    version = values.get("checkpoint_format") or "gptq"  # GPTQ's own key
-    if name == GPTQ_V1 and version == "gptq_v2":
-        return RAW, backend
-    if name == GPTQ_V1 and version != "gptq":
+    version = str(values.get("version") or "gemm").lower()
+    if name == AWQ and version != "gemm":
+        raise FormatError(f"AWQ version {version!r} is not one this version reads; it reads gemm")
+    if name == GPTQ_V1:
+        return _gptq_packing(values), packing in MAY_HAVE_INDEX, backend
+    return name, packing in MAY_HAVE_INDEX, backend
+
+
+def _gptq_packing(values: Mapping[str, Any]) -> str:
+    """GPTQ's own words for how zero points are stored; checkpoint_format overrides format, as in transformers."""
+    named = str(values.get("format") or "")
+    version = values.get("checkpoint_format") or (named if named.startswith("gptq") else "gptq")
+    if version not in ("gptq", "gptq_v2"):
         raise FormatError(f"checkpoint_format {version!r} is not one this version reads; it reads gptq and gptq_v2")
-    return name, backend
+    return RAW if version == "gptq_v2" else GPTQ_V1
 
 
 def _refuse_settings(values: Mapping[str, Any], where: str) -> None:
@@ -136,7 +177,7 @@ def _refuse_settings(values: Mapping[str, Any], where: str) -> None:
         raise FormatError(f"{where}: data_type {data_type!r} cannot be loaded; this version loads integer weights only")
     if int(act_bits) < UNQUANTISED_BITS:
         raise FormatError(f"{where}: act_bits={act_bits} cannot be loaded; quantised activations are not supported")
-    for key in ("super_bits", "rotation_config", "desc_act"):
+    for key in ("super_bits", "rotation_config"):
         if values.get(key):
             raise FormatError(
                 f"{where}: {key}={values[key]!r} cannot be loaded by this version; use a checkpoint without it"

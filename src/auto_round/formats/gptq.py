@@ -1,0 +1,120 @@
+"""GPTQ folders: ``quant_method: "gptq"`` with a g_idx in every layer.
+
+auto_gptq   checkpoint_format "gptq" (v1): zero points are stored less 1; what transformers, vLLM and SGLang read
+gptq_v2     checkpoint_format "gptq_v2": zero points as they are; gptqmodel and vLLM read it
+
+Layers that differ from the global scheme are named in ``dynamic``: an ordered dict from ``+:regex`` to overrides or
+from ``-:regex`` to {} for a layer that is kept; matched from the start of the full name. gptqmodel and vLLM read it,
+transformers drops it. A quantised head is announced by ``lm_head: true``; transformers does not look for one.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from auto_round.formats.base import CodedModel, Export
+from auto_round.formats.config import GPTQ_V1, RAW, CheckpointConfig
+from auto_round.formats.folder import method_of, open_folder, prove_codes, read_settings, write_folder
+from auto_round.formats.layouts import GPTQ_RAW_INDEXED, GPTQ_V1_INDEXED
+from auto_round.spec.plan import LayerPlan, LinearShape, Plan
+from auto_round.spec.scheme import Scheme
+
+CHECKPOINT_FORMATS = {"auto_gptq": "gptq", "gptq_v2": "gptq_v2"}
+PACKINGS = {"auto_gptq": GPTQ_V1, "gptq_v2": RAW}
+
+
+class GptqFormat:
+    """Writer and reader of one of the two versions."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._layout = GPTQ_V1_INDEXED if PACKINGS[name] == GPTQ_V1 else GPTQ_RAW_INDEXED
+
+    def refuse(self, shape: LinearShape, scheme: Scheme) -> str | None:
+        """Both dimensions must be multiples of 32."""
+        return self._layout.refuse(scheme, shape.out_features, shape.in_features)
+
+    def check(self, plan: Plan) -> None:
+        """Every mix of schemes, and the head, can be said to gptqmodel and vLLM."""
+
+    def write(self, export: Export, folder: Path, largest_shard: int) -> None:
+        """Write weights, config.json, quantize_config.json and the source's other files into `folder`."""
+        settings = {**self.settings(export.plan), "desc_act": export.act_order, **export.provenance}
+        write_folder(export, folder, largest_shard, self._layout, settings, "quantize_config.json")
+
+    def settings(self, plan: Plan) -> dict[str, Any]:
+        """The quantization_config of a plan, without provenance."""
+        blocks = tuple(f"{name}." for name in plan.block_lists)
+        outside = [layer for layer in plan.quantised.values() if not layer.name.startswith(blocks)]
+        base = plan.scheme
+        config: dict[str, Any] = {
+            "quant_method": "gptq",
+            "checkpoint_format": CHECKPOINT_FORMATS[self.name],
+            "bits": base.bits,
+            "group_size": base.group_size,
+            "sym": base.sym,
+            "desc_act": False,
+            "pack_dtype": "int32",
+            "lm_head": bool(outside),
+            "true_sequential": False,
+            "damp_percent": 0.01,
+            "provider": "auto-round",
+        }
+        dynamic = {key: rule for layer in plan.layers for key, rule in _dynamic(layer, plan, blocks).items()}
+        if dynamic:
+            config["dynamic"] = dynamic
+        inner = _names_in_every_block(plan, blocks)
+        if inner is not None:
+            config["modules_in_block_to_quantize"] = [inner]
+        return config
+
+    def prove(self, export: Export, folder: Path) -> None:
+        """Every layer must read back bit for bit."""
+        prove_codes(export, self._open(folder))
+
+    def open(self, path: Path, scratch: Path) -> CodedModel | None:
+        """Open folders of this version, with or without act-order."""
+        if method_of(path) not in ("gptq", "gptqmodel"):
+            return None
+        return (
+            self._open(path) if CheckpointConfig.parse(read_settings(path)[1]).packing == PACKINGS[self.name] else None
+        )
+
+    def _open(self, folder: Path) -> CodedModel:
+        config = CheckpointConfig.parse(read_settings(folder)[1])
+        detail = f"checkpoint_format {CHECKPOINT_FORMATS[self.name]}{', act-order' if config.act_order else ''}"
+        layout = self._layout if config.act_order else config.layout
+        return open_folder(folder, format=self.name, detail=detail, layout=layout, rules=config, blocks=config.blocks)
+
+
+def _dynamic(layer: LayerPlan, plan: Plan, blocks: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """The entry that a layer needs, if any: anchored at both ends, so that it is found in no longer name."""
+    pattern = f"^{re.escape(layer.name)}$"
+    inside = layer.name.startswith(blocks)
+    if layer.scheme is None:
+        return {f"-:{pattern}": {}} if inside else {}
+    if layer.scheme == plan.scheme and inside:
+        return {}
+    scheme = layer.scheme
+    return {f"+:{pattern}": {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.sym}}
+
+
+def _names_in_every_block(plan: Plan, blocks: tuple[str, ...]) -> list[str] | None:
+    """Names inside a block that are quantised, when blocks keep some and all keep the same: transformers' own way.
+
+    None when nothing is kept, or when blocks differ, which that key cannot say.
+    """
+    inner: dict[str, set[bool]] = {}
+    for layer in plan.layers:
+        if layer.name.startswith(blocks):
+            own = re.sub(r"^\d+\.", "", layer.name.removeprefix(next(b for b in blocks if layer.name.startswith(b))))
+            inner.setdefault(own, set()).add(layer.scheme is not None)
+    if any(len(kinds) > 1 for kinds in inner.values()) or all(True in kinds for kinds in inner.values()):
+        return None
+    return [name for name, kinds in inner.items() if True in kinds]
+
+
+GPTQ = GptqFormat("auto_gptq")
+GPTQ_V2 = GptqFormat("gptq_v2")
