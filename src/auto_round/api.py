@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-import platform
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-import auto_round
 from auto_round.calibrate.dataset import Dataset
 from auto_round.errors import FormatError, OutputError, SpecError
 from auto_round.formats import FORMATS
 from auto_round.formats.base import Format
 from auto_round.formats.shards import parse_size
-from auto_round.pipeline import Job, Quantised, quantise, save
-from auto_round.report.record import KeptLayer, RunReport, SavedFolder
-from auto_round.runtime.device import compute_dtype, peak_device_bytes, peak_resident_bytes, resolve_device
+from auto_round.pipeline import (
+    Job,
+    Quantised,
+    Saving,
+    check_free,
+    foresee,
+    make_ready,
+    publish,
+    quantise,
+    run,
+    was_published,
+)
+from auto_round.report.forecast import Forecast
+from auto_round.report.record import RunReport
+from auto_round.runtime.device import compute_dtype, resolve_device
+from auto_round.runtime.durable import disk_errors
 from auto_round.runtime.events import Listener, LogListener
+from auto_round.runtime.journal import Journal
+from auto_round.runtime.workspace import workspace
 from auto_round.spec.plan import Rule
 from auto_round.spec.presets import recipe as recipe_named
 from auto_round.spec.scheme import Scheme
@@ -37,6 +47,7 @@ class AutoRound:
     recipe: "default", "best", "light" or "rtn", each of whose fields (see `Recipe`) can be given as a keyword.
     dataset: calibration text: "auto", "builtin", "self", a hub id, a file, or a list; see the README.
     device: "auto", "cpu", "cuda:0", "xpu"; compute_dtype: what blocks run in, measured when "auto".
+    max_memory: resident memory to stay below, such as "6GB"; activations_on_disk: keep them in mapped files anyway.
 
     Raises SpecError at once for a value that is not valid.
 
@@ -75,6 +86,8 @@ class AutoRound:
         compute_dtype: str = "auto",
         quant_lm_head: bool = False,
         trust_remote_code: bool = False,
+        max_memory: str | int | None = None,
+        activations_on_disk: bool = False,
         listener: Listener | None = None,
     ) -> None:
         base = scheme if isinstance(scheme, Scheme) else Scheme.parse(scheme)
@@ -107,8 +120,11 @@ class AutoRound:
             dataset=dataset,
             device=place,
             dtype=_compute_dtype(compute_dtype, place),
+            dtype_measured=compute_dtype == "auto",
             quant_lm_head=quant_lm_head,
             trust_remote_code=trust_remote_code,
+            max_memory=None if max_memory is None else parse_size(max_memory, "max_memory"),
+            activations_on_disk=activations_on_disk,
         )
         self._listener: Listener = listener or LogListener()
         self._result: Quantised | None = None
@@ -121,8 +137,25 @@ class AutoRound:
         `tensor(name)` gives the codes of a layer as a `QTensor`.
         """
         self._scratch = tempfile.TemporaryDirectory(prefix="auto-round-")
-        self._result = quantise(self._job, _formats(format), Path(self._scratch.name), self._listener)
+        scratch = Path(self._scratch.name)
+        ready = make_ready(self._job, _formats(format), scratch, self._listener)
+        self._result = quantise(ready, Journal(scratch / "blocks"), scratch, self._listener)
         return self._result
+
+    def plan(
+        self,
+        output_dir: str | Path = "tmp_autoround",
+        format: str | Sequence[str] = "auto_round",
+        *,
+        max_shard_size: str | int = "5GB",
+    ) -> Forecast:
+        """Foresee what `quantize_and_save` would do, in seconds and without writing anything.
+
+        Every layer's scheme and why, exact bytes of every format, memory, disk, time, who can open the result, and
+        problems. Raises what `quantize_and_save` would raise before its work begins.
+        """
+        saving = _saving(format, max_shard_size, False, None)
+        return foresee(self._job, saving, Path(output_dir).expanduser().absolute())
 
     def save_quantized(
         self,
@@ -131,6 +164,8 @@ class AutoRound:
         *,
         max_shard_size: str | int = "5GB",
         overwrite: bool = False,
+        enable_check: bool = True,
+        max_kl: float = 2.0,
     ) -> RunReport:
         """Write what `quantize` made; one format into `output_dir` itself, several into a subfolder each.
 
@@ -138,9 +173,12 @@ class AutoRound:
         """
         if self._result is None:
             raise OutputError("nothing to save yet: call quantize() first, or quantize_and_save()")
-        formats, target = _formats(format), check_output(output_dir, overwrite)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-            return self._publish(self._result, formats, Path(scratch), target, max_shard_size)
+        saving = _saving(format, max_shard_size, overwrite, max_kl if enable_check else None)
+        target = check_output(output_dir)
+        with disk_errors(target, "Call save_quantized() again when that is solved."), workspace(target) as work:
+            check_free(target, overwrite=overwrite)
+            work.claim(self._result.ready.facts, overwrite=overwrite)
+            return publish(self._result, saving, work, self._listener)
 
     def quantize_and_save(
         self,
@@ -149,48 +187,46 @@ class AutoRound:
         *,
         max_shard_size: str | int = "5GB",
         overwrite: bool = False,
+        enable_check: bool = True,
+        max_kl: float = 2.0,
     ) -> RunReport:
-        """Tune the model and write it; see `quantize` and `save_quantized`. The folder appears whole or not at all."""
-        formats, target = _formats(format), check_output(output_dir, overwrite)
-        parse_size(max_shard_size)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-            result = quantise(self._job, formats, Path(scratch), self._listener)
-            return self._publish(result, formats, Path(scratch), target, max_shard_size)
+        """Tune the model and write it: one format into `output_dir` itself, several into a subfolder each.
 
-    def _publish(
-        self, result: Quantised, formats: Sequence[Format], scratch: Path, target: Path, max_shard_size: str | int
-    ) -> RunReport:
-        staging = scratch / "output"
-        folders = []
-        for output in formats:
-            folder = staging if len(formats) == 1 else staging / output.name.replace(":", "-")
-            folder.mkdir(parents=True)
-            save(result, output, folder, parse_size(max_shard_size))
-            final = target / folder.relative_to(staging)
-            folders.append(SavedFolder(output.name, str(final), _bytes_in(folder)))
-        report = _report(result, tuple(folders))
-        for output, saved in zip(formats, folders, strict=True):
-            folder = staging if len(formats) == 1 else staging / output.name.replace(":", "-")
-            (folder / "auto_round.json").write_text(report.to_json(measured=False), encoding="utf-8")
-            self._listener.note(f"{saved.format}: every layer read back from the folder as it was tuned")
-        if target.exists():
-            shutil.rmtree(target)
-        staging.rename(target)
-        return report
+        The folder appears whole or not at all. Killed at any moment, the same call goes on where it stopped, from the
+        hidden folder beside `output_dir`; when all is done already, it returns the record of that. overwrite: replace
+        an output, or unfinished work, of another job. Raises OutputError when either is there without it, when another
+        process works on the same output, or when the disk is full; finished blocks are kept then.
+
+        enable_check: run the result beside the original on a few samples at the end; max_kl: mean KL divergence, in
+        nats, above which CheckError is raised, naming the blocks to blame. The folder stays.
+        """
+        saving = _saving(format, max_shard_size, overwrite, max_kl if enable_check else None)
+        target = check_output(output_dir)
+        if not overwrite and not was_published(target):
+            check_free(target, overwrite=False)
+        with disk_errors(target, GO_ON), workspace(target) as work:
+            return run(self._job, saving, work, self._listener)
 
 
-def check_output(output_dir: str | Path, overwrite: bool) -> Path:
-    """Return the output folder as an absolute path whose parent exists; raise OutputError when it cannot be used."""
+GO_ON = "What is done is kept; when that is solved, the same command goes on from there."
+
+
+def check_output(output_dir: str | Path) -> Path:
+    """Return the output folder as an absolute path whose parent exists; raise OutputError when it cannot be made."""
     target = Path(output_dir).expanduser().absolute()
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target}: is a file; choose another output_dir")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise OutputError(f"{target}: is not empty; choose another output_dir, or pass overwrite (--overwrite)")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{target.parent}: cannot be created: {error.strerror}") from None
     return target
+
+
+def _saving(format: str | Sequence[str], max_shard_size: str | int, overwrite: bool, max_kl: float | None) -> Saving:
+    if max_kl is not None and not max_kl > 0:
+        raise SpecError(f"max_kl={max_kl!r} must be above 0, in nats; enable_check=False turns the comparison off")
+    return Saving(tuple(_formats(format)), parse_size(max_shard_size), overwrite, max_kl)
 
 
 def _formats(format: str | Sequence[str]) -> list[Format]:
@@ -206,40 +242,3 @@ def _compute_dtype(name: str, device: torch.device) -> torch.dtype:
     if not isinstance(name, str):
         raise SpecError(f"compute_dtype={name!r} must be a name such as auto, bfloat16 or float32")
     return compute_dtype(name, device)
-
-
-def _bytes_in(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def _report(result: Quantised, folders: tuple[SavedFolder, ...]) -> RunReport:
-    job, data = result.job, result.calibration
-    return RunReport(
-        model=result.source.title,
-        folders=folders,
-        scheme=job.scheme.name,
-        bits_per_weight=result.plan.bits_per_weight(),
-        recipe=asdict(job.recipe),
-        layers_quantised=len(result.plan.quantised),
-        layers_kept=tuple(KeptLayer(layer.name, layer.reason) for layer in result.plan.kept.values()),
-        calibration=data.summary() if data else None,
-        blocks=result.blocks,
-        seconds=result.seconds,
-        peak_rss_bytes=peak_resident_bytes(),
-        peak_device_bytes=peak_device_bytes(job.device),
-        bytes_before=_weights_in(result.source.folder),
-        bytes_after=folders[0].bytes,
-        device=str(job.device),
-        compute_dtype=str(job.dtype).removeprefix("torch."),
-        versions={
-            "auto_round": auto_round.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        seed=job.recipe.seed,
-    )
-
-
-def _weights_in(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -6,7 +6,8 @@ AutoRoundError
 ├── CalibrationError  the calibration set cannot be built
 ├── FormatError       an output or input format cannot hold or read what is asked
 ├── BackendError      no inference backend fits, or the one asked for does not
-└── OutputError       the output folder is not usable
+├── OutputError       the output folder is not usable
+└── CheckError        the result was written, but is too far from the original; the command line exits with 3
 """
 
 
@@ -36,3 +37,7 @@ class BackendError(AutoRoundError):
 
 class OutputError(AutoRoundError):
     """The output folder is not usable."""
+
+
+class CheckError(AutoRoundError):
+    """The result was written, but is too far from the original."""

@@ -36,6 +36,7 @@ def a_report(**changes: Any) -> RunReport:
         "compute_dtype": "float32",
         "versions": {"auto_round": "1.0", "torch": "2.13"},
         "seed": 42,
+        "signature": "0123456789abcdef",
         **changes,
     }
     return RunReport(**values)

@@ -130,3 +130,20 @@ def _record(
         for name, block in blocks.items():
             model.set_submodule(name, block)
     return record
+
+
+def logits_of(model: nn.Module, block_names: Sequence[str], tokens: Tensor, hidden: Tensor) -> Tensor:
+    """Logits (batch, tokens, vocabulary) of the whole model when its last block's output is `hidden`.
+
+    tokens: (batch, tokens) int64; hidden: (batch, tokens, hidden). Everything but the blocks is loaded.
+    """
+    caught: list[Tensor] = []
+    handle = model.register_forward_hook(lambda _, args, output: caught.append(output.logits))
+    try:
+        for in_tuple in (False, True):
+            _record(model, block_names, tokens, in_tuple=in_tuple, final=hidden)
+            if caught:
+                return caught[0]
+    finally:
+        handle.remove()
+    raise SourceError(f"{type(model).__name__} gave no logits for the hidden states behind its last block")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +20,8 @@ from auto_round.source.skeleton import Skeleton
 @dataclass(frozen=True)
 class Walk:
     """How to walk: batch size of forward passes, whether blocks see the quantised chain, where to compute and in what
-    dtype, where activations live, whether to compile the blocks' forward."""
+    dtype, where activations live (cache: a folder for mapped files, None for memory), whether to compile the blocks'
+    forward."""
 
     batch_size: int
     quantised_inputs: bool
@@ -25,6 +29,7 @@ class Walk:
     dtype: torch.dtype
     store: torch.device
     compile: bool = False
+    cache: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -52,14 +57,15 @@ def walk(skeleton: Skeleton, block_names: Sequence[str], tokens: Tensor, setting
     """
     front = _Front(skeleton, block_names, settings)
     original = front.hidden(tokens)
-    quantised = original.clone() if settings.quantised_inputs else original
+    quantised = _copy(original, settings, "quantised") if settings.quantised_inputs else original
     for index, name in enumerate(block_names):
         module = skeleton.model.get_submodule(name)
         skeleton.load(module, name, settings.dtype, settings.device)
         forward: Callable[..., Any] = torch.compile(module, dynamic=False) if settings.compile else module
         run = _runner(forward, front, index)
         inputs = quantised
-        targets = original if settings.quantised_inputs else torch.empty_like(original)
+        # Without a chain of its own the original's output is the next input: two stores take turns.
+        targets = original if settings.quantised_inputs else _copy(original, settings, f"targets-{index % 2}")
         _forward(run, original, targets, settings)
         yield LoadedBlock(index, name, module, run, linears_in(module, name + "."), inputs, targets)
         if settings.quantised_inputs:
@@ -83,16 +89,19 @@ class _Front:
         outside = outside_blocks(self._skeleton.model, self._names)
         for name, module in outside:
             self._skeleton.load(module, name, settings.dtype, settings.device)
-        pieces = []
-        for batch in tokens.split(settings.batch_size):
-            captured = self._capture(batch)
-            pieces.append(captured.hidden.to(settings.store))
+        states: Tensor | None = None
+        for begin in range(0, len(tokens), settings.batch_size):
+            hidden = self._capture(tokens[begin : begin + settings.batch_size]).hidden
+            if states is None:
+                states = _store((len(tokens), *hidden.shape[1:]), hidden.dtype, settings, "original")
+            states[begin : begin + len(hidden)] = hidden.to(settings.store)
         for size in range(1, min(settings.batch_size, len(tokens)) + 1):
             if size not in self._calls:
                 self._capture(tokens[:size])
         for name, module in outside:
             self._skeleton.free(module, name)
-        return torch.cat(pieces)
+        assert states is not None
+        return states
 
     def _capture(self, batch: Tensor) -> Captured:
         captured = capture(self._skeleton.model, self._names, batch.to(self._settings.device))
@@ -131,6 +140,22 @@ def outside_blocks(model: nn.Module, block_names: Sequence[str]) -> list[tuple[s
         if own and not inside and module is not head:
             found.append((name, module))
     return found
+
+
+def _store(shape: Sequence[int], dtype: torch.dtype, settings: Walk, name: str) -> Tensor:
+    """Room for activations: memory, or a mapped file whose pages the system can write out when memory is short."""
+    if settings.cache is None:
+        return torch.empty(tuple(shape), dtype=dtype, device=settings.store)
+    settings.cache.mkdir(parents=True, exist_ok=True)
+    file, count = settings.cache / name, math.prod(shape)
+    with file.open("wb") as f:
+        # Reserved at once: a page that finds no room on a full disk later would kill the process.
+        os.posix_fallocate(f.fileno(), 0, count * dtype.itemsize)
+    return torch.from_file(str(file), shared=True, size=count, dtype=dtype).reshape(tuple(shape))
+
+
+def _copy(original: Tensor, settings: Walk, name: str) -> Tensor:
+    return _store(original.shape, original.dtype, settings, name).copy_(original)
 
 
 def _runner(forward: Callable[..., Any], front: _Front, index: int) -> Callable[[Tensor], Tensor]:

@@ -21,6 +21,7 @@ from auto_round.errors import OutputError, SourceError
 from auto_round.report.live import LiveListener
 from auto_round.report.record import RunReport
 from auto_round.report.tables import bytes_text, seconds_text, snippet
+from auto_round.runtime.workspace import work_folder
 from auto_round.spec.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -111,7 +112,8 @@ def run(model: Path, folder: Path, settings: Mapping[str, Any]) -> tuple[list[Ou
     original = open_source(model, None, folder).folder
     shared = {name: settings[name] for name in settings if name in ("scheme", "bits", "group_size", "sym", "device")}
     listener.note("plain rounding")
-    plain = auto_round.AutoRound(original, **shared, recipe="rtn", listener=listener).quantize_and_save(folder / PLAIN)
+    tuner = auto_round.AutoRound(original, **shared, recipe="rtn", listener=listener)
+    plain = tuner.quantize_and_save(folder / PLAIN, enable_check=False)  # plain rounding may be as bad as it likes
     listener.note(f"learned rounding: {settings['iters']} steps per block")
     tuned = auto_round.AutoRound(original, **settings, listener=listener).quantize_and_save(folder / TUNED)
     listener.note("measuring on text that was not used for tuning")
@@ -188,7 +190,8 @@ def prepare_folder(folder: Path) -> Path:
     if folder.is_file():
         raise OutputError(f"{folder}: is a file; choose another --output_dir")
     if folder.exists():
-        foreign = sorted(item.name for item in folder.iterdir() if item.name not in (ORIGINAL, PLAIN, TUNED))
+        mine = {ORIGINAL, PLAIN, TUNED, *(work_folder(folder / name).name for name in (PLAIN, TUNED))}
+        foreign = sorted(item.name for item in folder.iterdir() if item.name not in mine)
         if foreign:
             raise OutputError(f"{folder}: holds {foreign[0]!r}, which is not the demo's; choose another --output_dir")
         for name in (ORIGINAL, PLAIN, TUNED):

@@ -33,6 +33,9 @@ class Subcommand:
 # One row a command. Whatever does not begin with one of these words goes to `quantise`.
 SUBCOMMANDS = {"demo": Subcommand(demo, DEMO_LESSON)}
 
+# Words that stand for a flag of `quantise`, and what they do.
+WORDS = {"plan": ("--dry_run", "Foresees what the same command without this word would do, and writes nothing.")}
+
 
 def normalise(flag: str) -> str:
     """Return the one spelling under which a flag is known: underscores for dashes, our name for an alias."""
@@ -50,9 +53,12 @@ def command(function: Callable[..., None]) -> Any:
 
 def dispatch(program: str, recipe: str, words: Sequence[str]) -> None:
     """Run the command that `words` ask for and exit: 0 done, 2 it cannot be done, 130 interrupted."""
+    if words and words[0] in WORDS:
+        words = [WORDS[words[0]][0], *words[1:]]
     subcommand = SUBCOMMANDS.get(words[0]) if words and recipe == "default" else None
     if subcommand is None:
-        summaries = {f"{program} {word}": entry.lesson.summary for word, entry in SUBCOMMANDS.items()}
+        summaries = {f"{program} {word} MODEL": summary for word, (_, summary) in WORDS.items()}
+        summaries |= {f"{program} {word}": entry.lesson.summary for word, entry in SUBCOMMANDS.items()}
         function, lesson = quantise, lesson_for(recipe, summaries)
     else:
         function, lesson = subcommand.function, subcommand.lesson

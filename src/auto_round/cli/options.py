@@ -225,7 +225,30 @@ MaxShardSize = Annotated[
     ),
 ]
 Overwrite = Annotated[
-    bool | None, _flag("Output", "--overwrite", "Replace the output folder if there is one (default off: an error).")
+    bool | None,
+    _flag(
+        "Output",
+        "--overwrite",
+        "Replace the output folder, or unfinished work, of another job (default off: an error).",
+    ),
+]
+EnableCheck = Annotated[
+    bool | None,
+    _flag(
+        "Output",
+        "--enable_check/--disable_check",
+        "Run the result beside the original on a few samples at the end (default on); a bad one exits with 3, naming "
+        "the blocks to blame.",
+    ),
+]
+MaxKl = Annotated[
+    float | None,
+    _flag(
+        "Output",
+        "--max_kl",
+        "KL divergence from the original, in nats per token, above which a result is bad (default 2.0).",
+        "NATS",
+    ),
 ]
 Json = Annotated[
     bool | None,
@@ -235,6 +258,16 @@ Quiet = Annotated[
     bool | None,
     _flag(
         "Output", "--quiet", "No progress and no table, only warnings and the path of what was written (default off)."
+    ),
+]
+
+DryRun = Annotated[
+    bool | None,
+    _flag(
+        "Output",
+        "--dry_run",
+        "Foresee the run and write nothing (default off; the same as auto-round plan): every layer's scheme and why, "
+        "exact sizes, memory, disk, time, and who can open the result.",
     ),
 ]
 
@@ -273,6 +306,26 @@ TorchCompile = Annotated[
         "--enable_torch_compile/--disable_torch_compile",
         "Compile each block first (default {enable_torch_compile}); worth it on an accelerator with many steps, needs "
         "a C++ compiler.",
+    ),
+]
+
+
+MaxMemory = Annotated[
+    str | None,
+    _flag(
+        "Machine",
+        "--max_memory",
+        "Resident memory to stay below, such as 6GB (default: what the machine has); activations go to disk and fewer "
+        "samples through a block at once, with the same result.",
+        "SIZE",
+    ),
+]
+ActivationsOnDisk = Annotated[
+    bool | None,
+    _flag(
+        "Machine",
+        "--activations_on_disk",
+        "Keep the samples' activations in files beside the output (default off: only when memory is short).",
     ),
 ]
 

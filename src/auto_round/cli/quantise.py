@@ -14,14 +14,16 @@ from auto_round.cli import options as o
 from auto_round.cli.layers import read_layer_config
 from auto_round.cli.screen import exit_codes, quiet_transformers
 from auto_round.cli.teach import Lesson, in_words
+from auto_round.report.forecast import Forecast, forecast_table
 from auto_round.report.live import LiveListener
 from auto_round.report.record import RunReport
 from auto_round.report.tables import closing_table
 from auto_round.spec.presets import RECIPES
 from auto_round.spec.scheme import Scheme
 
-SAVING = ("output_dir", "format", "max_shard_size", "overwrite")
-SHOWING = ("model_alone", "json", "quiet", "version")
+SAVING = ("output_dir", "format", "max_shard_size", "overwrite", "enable_check", "max_kl")
+FORESEEING = ("output_dir", "format", "max_shard_size")
+SHOWING = ("model_alone", "dry_run", "json", "quiet", "version")
 
 # The defaults of the API's own keywords, so that --help need not import torch; a test holds them to its signatures.
 STATED = {
@@ -89,12 +91,17 @@ def quantise(
     output_dir: o.OutputDir = None,
     max_shard_size: o.MaxShardSize = None,
     overwrite: o.Overwrite = None,
+    enable_check: o.EnableCheck = None,
+    max_kl: o.MaxKl = None,
+    dry_run: o.DryRun = None,
     json: o.Json = None,
     quiet: o.Quiet = None,
     device: o.Device = None,
     compute_dtype: o.ComputeDtype = None,
     low_gpu_mem_usage: o.LowGpuMemUsage = None,
     enable_torch_compile: o.TorchCompile = None,
+    max_memory: o.MaxMemory = None,
+    activations_on_disk: o.ActivationsOnDisk = None,
     version: o.Version = None,
 ) -> None:
     """Quantise one model and show what came out."""
@@ -106,20 +113,43 @@ def quantise(
         )
     with exit_codes():
         quiet_transformers()
+        if dry_run:
+            show_forecast(foresee(ctx.params, ctx.obj.recipe, auto_round.AutoRound), as_json=bool(json))
+            return
         report = run(ctx.params, ctx.obj.recipe, auto_round.AutoRound)
     show(report, as_json=bool(json), quiet=bool(quiet))
 
 
+def foresee(params: Mapping[str, Any], recipe: str, tuner: Callable[..., Any]) -> Forecast:
+    """The forecast of what `run` would do with the same flags."""
+    making, saving = _given(params, recipe)
+    forecast: Forecast = tuner(**making).plan(**{name: value for name, value in saving.items() if name in FORESEEING})
+    return forecast
+
+
 def run(params: Mapping[str, Any], recipe: str, tuner: Callable[..., Any]) -> RunReport:
     """Hand the flags that were given to the API: `tuner` is `AutoRound`, whose defaults stand for all the others."""
+    making, saving = _given(params, recipe)
+    report: RunReport = tuner(**making).quantize_and_save(**saving)
+    return report
+
+
+def _given(params: Mapping[str, Any], recipe: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The flags that were given, as keywords of `AutoRound` and of its method."""
     given = {name: value for name, value in params.items() if value is not None and name not in SHOWING}
     given["model"] = given.get("model") or params["model_alone"]
     saving = {name: given.pop(name) for name in SAVING if name in given}
     if "layer_config" in given:
         given["layer_config"] = read_layer_config(given["layer_config"])
-    listener = LiveListener(quiet=bool(params["quiet"]))
-    report: RunReport = tuner(**given, recipe=recipe, listener=listener).quantize_and_save(**saving)
-    return report
+    return {**given, "recipe": recipe, "listener": LiveListener(quiet=bool(params["quiet"]))}, saving
+
+
+def show_forecast(forecast: Forecast, *, as_json: bool) -> None:
+    """Print a forecast to standard output: JSON, or tables."""
+    if as_json:
+        typer.echo(forecast.to_json(), nl=False)
+    else:
+        Console(highlight=False).print(forecast_table(forecast), crop=False)
 
 
 def show(report: RunReport, *, as_json: bool, quiet: bool) -> None:

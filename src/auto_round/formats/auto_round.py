@@ -17,7 +17,7 @@ from typing import Any
 
 from auto_round.formats.base import CodedModel, Export
 from auto_round.formats.config import LAYOUTS, CheckpointConfig
-from auto_round.formats.folder import method_of, open_folder, prove_codes, read_settings, write_folder
+from auto_round.formats.folder import folder_sizes, method_of, open_folder, prove_codes, read_settings, write_folder
 from auto_round.formats.layouts import AWQ, GPTQ_RAW
 from auto_round.spec.plan import LinearShape, Plan
 from auto_round.spec.scheme import Scheme
@@ -84,6 +84,10 @@ class AutoRoundFormat:
 
     def check(self, plan: Plan) -> None:
         """Every mix of schemes, and the head, can be said."""
+
+    def sizes(self, export: Export, largest_shard: int) -> Mapping[str, int]:
+        """The shards and their index."""
+        return folder_sizes(export, largest_shard, LAYOUTS[packing_for(export.plan)])
 
     def write(self, export: Export, folder: Path, largest_shard: int) -> None:
         """Write weights, config.json, quantization_config.json and the source's other files into `folder`."""

@@ -7,13 +7,14 @@ file, and none of them has to know the symmetric scheme. ``sym`` says it to thos
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from auto_round.errors import FormatError
 from auto_round.formats.base import CodedModel, Export
 from auto_round.formats.config import CheckpointConfig
-from auto_round.formats.folder import method_of, open_folder, prove_codes, read_settings, write_folder
+from auto_round.formats.folder import folder_sizes, method_of, open_folder, prove_codes, read_settings, write_folder
 from auto_round.formats.layouts import AWQ
 from auto_round.spec.plan import LinearShape, Plan
 from auto_round.spec.scheme import Scheme
@@ -45,6 +46,10 @@ class AwqFormat:
                 f"auto_awq cannot hold a quantised {outside[0]!r}: its readers convert the blocks only; leave out "
                 "quant_lm_head, or use auto_round"
             )
+
+    def sizes(self, export: Export, largest_shard: int) -> Mapping[str, int]:
+        """The shards and their index."""
+        return folder_sizes(export, largest_shard, AWQ)
 
     def write(self, export: Export, folder: Path, largest_shard: int) -> None:
         """Write weights, config.json and the source's other files into `folder`."""

@@ -93,6 +93,10 @@ class Format(Protocol):
         """Raise FormatError when the format cannot hold the plan as a whole. Asked before any work."""
         ...
 
+    def sizes(self, export: Export, largest_shard: int) -> Mapping[str, int]:
+        """Tell the weight files that `write` will make and the exact bytes of each, without asking for any codes."""
+        ...
+
     def write(self, export: Export, folder: Path, largest_shard: int) -> None:
         """Write the model into the empty folder `folder`."""
         ...

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from auto_round.errors import FormatError
 from auto_round.formats.base import CodedModel, Export
 from auto_round.formats.folder import write_json
-from auto_round.formats.shards import Piece, Slot, copied, tensor_bytes, write_shards
+from auto_round.formats.shards import Piece, Slot, copied, shard_sizes, tensor_bytes, write_shards
 from auto_round.source.checkpoint import DTYPE_NAMES, DTYPES, Checkpoint
 from auto_round.spec.plan import LinearShape, Plan
 from auto_round.spec.scheme import Scheme
@@ -33,6 +33,10 @@ class FakeFormat:
 
     def check(self, plan: Plan) -> None:
         """Floats hold every plan."""
+
+    def sizes(self, export: Export, largest_shard: int) -> Mapping[str, int]:
+        """The shards and their index."""
+        return shard_sizes(list(_pieces(export)), largest_shard)
 
     def write(self, export: Export, folder: Path, largest_shard: int) -> None:
         """Write weights, config.json and the source's other files into `folder`."""

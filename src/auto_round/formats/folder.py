@@ -18,7 +18,7 @@ from torch import Tensor
 from auto_round.errors import FormatError, SourceError
 from auto_round.formats.base import CodedLayer, CodedModel, Export
 from auto_round.formats.layouts import Layout
-from auto_round.formats.shards import Piece, copied, encoded, write_shards
+from auto_round.formats.shards import Piece, copied, encoded, shard_sizes, write_shards
 from auto_round.qtensor import QTensor, plain_g_idx
 from auto_round.source.checkpoint import DTYPES, Checkpoint
 from auto_round.source.opening import extra_files
@@ -179,6 +179,11 @@ def _decode(checkpoint: Checkpoint, layer: CodedLayer, layout: Layout) -> QTenso
         return layout.decode(tensors, layer.scheme, layer.in_features)
     except FormatError as error:
         raise FormatError(f"{file}: layer {layer.name!r}: {error}") from None
+
+
+def folder_sizes(export: Export, largest_shard: int, layout: Layout) -> dict[str, int]:
+    """Weight files that `write_folder` would make, and the bytes of each."""
+    return shard_sizes(list(_pieces(export, layout)), largest_shard)
 
 
 def write_folder(

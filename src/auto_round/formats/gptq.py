@@ -11,12 +11,13 @@ transformers drops it. A quantised head is announced by ``lm_head: true``; trans
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from auto_round.formats.base import CodedModel, Export
 from auto_round.formats.config import GPTQ_V1, RAW, CheckpointConfig
-from auto_round.formats.folder import method_of, open_folder, prove_codes, read_settings, write_folder
+from auto_round.formats.folder import folder_sizes, method_of, open_folder, prove_codes, read_settings, write_folder
 from auto_round.formats.layouts import GPTQ_RAW_INDEXED, GPTQ_V1_INDEXED
 from auto_round.spec.plan import LayerPlan, LinearShape, Plan
 from auto_round.spec.scheme import Scheme
@@ -38,6 +39,10 @@ class GptqFormat:
 
     def check(self, plan: Plan) -> None:
         """Every mix of schemes, and the head, can be said to gptqmodel and vLLM."""
+
+    def sizes(self, export: Export, largest_shard: int) -> Mapping[str, int]:
+        """The shards and their index."""
+        return folder_sizes(export, largest_shard, self._layout)
 
     def write(self, export: Export, folder: Path, largest_shard: int) -> None:
         """Write weights, config.json, quantize_config.json and the source's other files into `folder`."""

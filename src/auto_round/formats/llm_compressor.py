@@ -15,7 +15,7 @@ from typing import Any
 
 from auto_round.errors import FormatError, SpecError
 from auto_round.formats.base import CodedModel, Export
-from auto_round.formats.folder import method_of, open_folder, prove_codes, read_settings, write_folder
+from auto_round.formats.folder import folder_sizes, method_of, open_folder, prove_codes, read_settings, write_folder
 from auto_round.formats.layouts import COMPRESSED
 from auto_round.spec.plan import LinearShape, Plan
 from auto_round.spec.scheme import Scheme
@@ -95,6 +95,10 @@ class CompressedFormat:
 
     def check(self, plan: Plan) -> None:
         """Every mix of schemes, and the head, can be said."""
+
+    def sizes(self, export: Export, largest_shard: int) -> Mapping[str, int]:
+        """The shards and their index."""
+        return folder_sizes(export, largest_shard, COMPRESSED)
 
     def write(self, export: Export, folder: Path, largest_shard: int) -> None:
         """Write weights, config.json and the source's other files into `folder`."""

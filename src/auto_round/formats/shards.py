@@ -14,9 +14,10 @@ from torch import Tensor
 
 from auto_round.errors import FormatError
 from auto_round.formats.layouts import TensorSpec
-from auto_round.runtime.journal import sync
+from auto_round.runtime.durable import sync
 from auto_round.source.checkpoint import DTYPE_NAMES, DTYPES, Checkpoint
 
+INDEX = "model.safetensors.index.json"
 ALIGNMENT = 8  # bytes; every tensor starts at a multiple, as strict readers want
 
 
@@ -66,7 +67,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def parse_size(text: str | int) -> int:
+def parse_size(text: str | int, name: str = "max_shard_size") -> int:
     """Bytes of a size such as "5GB", "500MB" or a number; raise FormatError when it is not understood."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
     upper = str(text).strip().upper().replace("IB", "B")
@@ -76,7 +77,7 @@ def parse_size(text: str | int) -> int:
     except ValueError:
         size = 0
     if size <= 0:
-        raise FormatError(f"max_shard_size={text!r} is not a size; write it like 5GB or 500MB")
+        raise FormatError(f"{name}={text!r} is not a size; write it like 5GB or 500MB")
     return size
 
 
@@ -85,52 +86,74 @@ def write_shards(folder: Path, pieces: Sequence[Piece], largest: int) -> list[Pa
 
     A piece that is larger alone gets a file of its own. Returns the files.
     """
-    shards: list[list[Piece]] = [[]]
-    for piece in pieces:
-        if shards[-1] and sum(p.nbytes for p in shards[-1]) + piece.nbytes > largest:
-            shards.append([])
-        shards[-1].append(piece)
-    files = []
-    for number, shard in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        files.append(_write_shard(folder / name, shard))
+    shards = _shards(pieces, largest)
+    files = [_write_shard(folder / name, shard) for name, shard in shards.items()]
     if len(shards) > 1:
-        owners = {name: file.name for file, shard in zip(files, shards, strict=True) for p in shard for name in p.slots}
-        index = {
-            "metadata": {"total_size": sum(p.nbytes for p in pieces)},
-            "weight_map": dict(sorted(owners.items())),
-        }
-        path = folder / "model.safetensors.index.json"
-        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / INDEX).write_text(_index(shards), encoding="utf-8")
     return files
 
 
-def _write_shard(file: Path, pieces: Sequence[Piece]) -> Path:
-    # Widest dtypes first, so that every tensor lies at a multiple of its own item size without holes.
+def shard_sizes(pieces: Sequence[Piece], largest: int) -> dict[str, int]:
+    """The files that `write_shards` would make and the bytes of each, without making a tensor."""
+    shards = _shards(pieces, largest)
+    sizes = {name: len(_header(shard)) + sum(piece.nbytes for piece in shard) for name, shard in shards.items()}
+    return {**sizes, **({INDEX: len(_index(shards))} if len(shards) > 1 else {})}
+
+
+def _shards(pieces: Sequence[Piece], largest: int) -> dict[str, list[Piece]]:
+    shards: list[list[Piece]] = [[]]
+    filled = 0
+    for piece in pieces:
+        if shards[-1] and filled + piece.nbytes > largest:
+            shards.append([])
+            filled = 0
+        shards[-1].append(piece)
+        filled += piece.nbytes
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def _index(shards: Mapping[str, Sequence[Piece]]) -> str:
+    owners = {name: file for file, shard in shards.items() for piece in shard for name in piece.slots}
+    total = sum(piece.nbytes for shard in shards.values() for piece in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(owners.items()))}
+    return json.dumps(index, indent=2) + "\n"
+
+
+def _order(pieces: Sequence[Piece]) -> dict[str, Slot]:
+    """Widest dtypes first, so that every tensor lies at a multiple of its own item size without holes."""
     slots = {name: slot for piece in pieces for name, slot in piece.slots.items()}
-    order = sorted(slots, key=lambda name: -_itemsize(slots[name].dtype))
+    return dict(sorted(slots.items(), key=lambda item: -_itemsize(item[1].dtype)))
+
+
+def _header(pieces: Sequence[Piece]) -> bytes:
+    """All that stands in a file before the data."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offsets, position = {}, 0
-    for name in order:
-        slot = slots[name]
-        offsets[name] = position
-        header[name] = {
-            "dtype": slot.dtype,
-            "shape": list(slot.shape),
-            "data_offsets": [position, position + slot.nbytes],
-        }
-        position += slot.nbytes
+    position = 0
+    for name, slot in _order(pieces).items():
+        end = position + slot.nbytes
+        header[name] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": [position, end]}
+        position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write_shard(file: Path, pieces: Sequence[Piece]) -> Path:
+    slots, head = _order(pieces), _header(pieces)
+    starts, position = {}, len(head)
+    for name, slot in slots.items():
+        starts[name] = position
+        position += slot.nbytes
     with file.open("wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        start = f.tell()
-        f.truncate(start + position)
+        f.write(head)
+        f.truncate(position)
         for piece in pieces:
             for name, data in piece.make().items():
                 if len(data) != slots[name].nbytes:
                     raise FormatError(f"tensor {name!r} has {len(data)} bytes, its header says {slots[name].nbytes}")
-                f.seek(start + offsets[name])
+                f.seek(starts[name])
                 f.write(data)
     sync(file)
     return file

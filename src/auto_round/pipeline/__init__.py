@@ -1,7 +1,19 @@
 """The road that data takes: open the source, plan, calibrate, walk the blocks, and write formats from the codes."""
 
-from auto_round.pipeline.flow import quantise
-from auto_round.pipeline.job import Job, Quantised
-from auto_round.pipeline.saving import save
+from auto_round.pipeline.flow import foresee, make_ready, quantise, run
+from auto_round.pipeline.job import Job, Quantised, Ready, Saving
+from auto_round.pipeline.publishing import check_free, publish, was_published
 
-__all__ = ["Job", "Quantised", "quantise", "save"]
+__all__ = [
+    "Job",
+    "Quantised",
+    "Ready",
+    "Saving",
+    "check_free",
+    "foresee",
+    "make_ready",
+    "publish",
+    "quantise",
+    "run",
+    "was_published",
+]

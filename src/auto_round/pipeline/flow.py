@@ -1,9 +1,11 @@
-"""`quantise`: the whole run, from what the user names to codes in the journal."""
+"""The whole run, from what the user names to codes in the journal."""
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,42 +14,118 @@ from transformers import AutoModelForCausalLM
 
 from auto_round.calibrate.dataset import CalibrationSet, build_calibration
 from auto_round.calibrate.selftext import sample_tokens
-from auto_round.errors import SpecError
+from auto_round.errors import SourceError, SpecError
 from auto_round.formats.base import Format
-from auto_round.pipeline.job import Job, Prepared, Quantised
+from auto_round.pipeline.forecast import forecast
+from auto_round.pipeline.inspection import inspect
+from auto_round.pipeline.job import Job, Prepared, Quantised, Ready, Saving
+from auto_round.pipeline.needs import needs, too_much
 from auto_round.pipeline.preparing import prepare, tell_plan
+from auto_round.pipeline.publishing import check_free, check_space, publish, published
 from auto_round.pipeline.runner import Runner
+from auto_round.pipeline.signature import signature
+from auto_round.report.forecast import Forecast
+from auto_round.report.record import RunReport
+from auto_round.runtime.device import compute_dtype
 from auto_round.runtime.events import Listener
 from auto_round.runtime.journal import Journal
+from auto_round.runtime.workspace import Workspace
 
 
-def quantise(job: Job, formats: Sequence[Format], scratch: Path, listener: Listener) -> Quantised:
-    """Run the whole tuning; codes end in a journal below `scratch`.
+def make_ready(job: Job, formats: Sequence[Format], scratch: Path, listener: Listener) -> Ready:
+    """Everything that comes before the work: open, plan, calibrate, and sign.
 
-    formats: those the result is meant for; a layer that one of them cannot hold is kept. Raises AutoRoundError of the
-    right kind, before any tuning wherever the fault can be seen by then.
+    formats: those the result is meant for; a layer that one of them cannot hold is kept. scratch: where a model that is
+    not a folder of safetensors is unpacked. Raises AutoRoundError of the right kind for whatever can be seen by now.
     """
-    begin = time.perf_counter()
     torch.manual_seed(job.recipe.seed)  # some models draw in their forward; nothing of ours reads the global generator
     prepared = prepare(job, formats, scratch)
     tell_plan(prepared.plan, listener)
-    journal = Journal(scratch / "blocks")
-    runner = Runner(prepared, journal, listener)
     # Plain round-to-nearest needs no activations at all.
-    calibration = calibrate(prepared, listener) if job.recipe.iters or job.recipe.start != "plain" else None
-    blocks = runner.round_alone() if calibration is None else runner.tune(calibration)
-    return Quantised(prepared, journal, calibration, tuple(blocks), time.perf_counter() - begin)
+    calibration = None
+    if job.recipe.iters or job.recipe.start != "plain":
+        inspect(prepared, listener)
+        calibration = calibrate(prepared, listener)
+    return Ready(prepared, calibration, signature(prepared, calibration))
+
+
+def quantise(ready: Ready, journal: Journal, scratch: Path, listener: Listener) -> Quantised:
+    """Choose the codes of every layer; those that `journal` has stay.
+
+    scratch: a folder for activations that do not fit memory. Raises AutoRoundError naming the layer, or SpecError when
+    the memory that was allowed cannot suffice.
+    """
+    begin = time.perf_counter()
+    job, data = ready.prepared.job, ready.calibration
+    samples, seqlen = data.tokens.shape if data is not None else (0, 0)
+    wanted = needs(ready.prepared, samples, seqlen)
+    if sentence := too_much(wanted, job):
+        if job.max_memory:
+            raise SpecError(sentence)
+        listener.warn(sentence)
+    if wanted.on_disk or wanted.samples_per_forward < job.recipe.batch_size:
+        place = "on disk" if wanted.on_disk else "in memory"
+        listener.note(f"activations are kept {place}, {wanted.samples_per_forward} samples go through a block at once")
+    runner = Runner(ready.prepared, wanted, journal, scratch, listener)
+    blocks = runner.round_alone() if data is None else runner.tune(data)
+    return Quantised(ready, journal, tuple(blocks), time.perf_counter() - begin)
+
+
+def run(job: Job, saving: Saving, work: Workspace, listener: Listener) -> RunReport:
+    """Do the job in a workspace, from wherever an earlier start of it stopped, and put the output in its place.
+
+    Raises OutputError when the target or the workspace holds another job's work that may not be overwritten.
+    """
+    ready = make_ready(_as_recorded(job, work), saving.formats, work.folder, listener)
+    done = None if saving.overwrite else published(work.target, ready, saving.formats)
+    if done is not None:
+        listener.note("nothing to do: this very job has been done already")
+        work.discard()
+        return done
+    check_free(work.target, overwrite=saving.overwrite)
+    work.claim(ready.facts, overwrite=saving.overwrite)
+    check_space(ready, saving, work)
+    journal = Journal(work.blocks)
+    try:
+        return publish(quantise(ready, journal, work.folder, listener), saving, work, listener)
+    except SourceError:  # what was made of a damaged model is worth nothing
+        work.discard()
+        raise
+    except KeyboardInterrupt:
+        if len(journal):
+            listener.warn(f"{len(journal)} finished blocks are kept; the same command goes on from there")
+        raise
+
+
+def _as_recorded(job: Job, work: Workspace) -> Job:
+    """The job with the dtype in which its unfinished work was begun: measured again, it might come out otherwise."""
+    recorded = work.recorded()
+    if not job.dtype_measured or recorded is None or recorded.get("device") != job.device.type:
+        return job
+    return replace(job, dtype=compute_dtype(recorded["compute_dtype"], job.device))
+
+
+def sample_tokens_of(prepared: Prepared) -> int:
+    """Tokens of one calibration sample: as many as asked for, or as the model takes."""
+    config, seqlen = prepared.source.config.get_text_config(), prepared.job.recipe.seqlen
+    limit = getattr(config, "max_position_embeddings", None)  # not every architecture has one
+    return min(seqlen, limit) if isinstance(limit, int) and limit > 0 else seqlen
+
+
+def foresee(job: Job, saving: Saving, target: Path) -> Forecast:
+    """The forecast of a run into `target`, which need not be there; nothing is kept. A problem is no error here."""
+    with tempfile.TemporaryDirectory(prefix="auto-round-") as scratch:
+        prepared = prepare(job, saving.formats, Path(scratch))
+        return forecast(prepared, saving, target, sample_tokens_of(prepared))
 
 
 def calibrate(prepared: Prepared, listener: Listener) -> CalibrationSet:
     """Build the samples to tune on; raise CalibrationError, or SpecError when they do not fit the model."""
     job, source = prepared.job, prepared.source
     recipe = job.recipe
-    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)  # not every architecture has one
-    seqlen = recipe.seqlen
-    if isinstance(limit, int) and 0 < limit < seqlen:
-        listener.warn(f"samples are cut to {limit} tokens, the longest this model takes (seqlen was {seqlen})")
-        seqlen = limit
+    seqlen = sample_tokens_of(prepared)
+    if seqlen < recipe.seqlen:
+        listener.warn(f"samples are cut to {seqlen} tokens, the longest this model takes (seqlen was {recipe.seqlen})")
 
     def sampler(count: int, length: int, seed: int) -> Tensor:
         listener.note(f"the model samples {count} texts of {length} tokens itself; it is in memory whole for this")

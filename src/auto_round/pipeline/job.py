@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from auto_round.calibrate.dataset import CalibrationSet, Dataset
+from auto_round.formats.base import Format
 from auto_round.qtensor import QTensor
 from auto_round.runtime.events import BlockStats
 from auto_round.runtime.journal import Journal
@@ -23,7 +26,11 @@ from auto_round.spec.scheme import Scheme
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that decides the result of one run."""
+    """Everything that decides the result of one run, and the memory it may use, which does not.
+
+    dtype_measured: `dtype` was not asked for but found fastest. max_memory: bytes that may be resident, None for what
+    there is. activations_on_disk: keep them in mapped files from the start, not only when memory is short.
+    """
 
     model: str | Path | PreTrainedModel
     tokenizer: Any | None
@@ -33,8 +40,26 @@ class Job:
     dataset: Dataset
     device: torch.device
     dtype: torch.dtype
+    dtype_measured: bool = False
     quant_lm_head: bool = False
     trust_remote_code: bool = False
+    max_memory: int | None = None
+    activations_on_disk: bool = False
+
+
+@dataclass(frozen=True)
+class Saving:
+    """How the result is written.
+
+    formats: one goes into the output folder itself, several into a subfolder each. largest_shard: bytes of a weight
+    file. overwrite: replace another job's output or unfinished work. max_kl: KL divergence from the original, in nats,
+    above which a result is bad; None when it is not to be compared.
+    """
+
+    formats: tuple[Format, ...]
+    largest_shard: int
+    overwrite: bool
+    max_kl: float | None
 
 
 @dataclass(frozen=True)
@@ -59,14 +84,32 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Quantised:
-    """A finished run: where the model came from, its plan, its codes on disk, and what happened on the way."""
+class Ready:
+    """A prepared model with its calibration set (None where none is needed), and all that decides the result."""
 
     prepared: Prepared
-    journal: Journal
     calibration: CalibrationSet | None
+    facts: Mapping[str, Any]
+
+    @property
+    def signature(self) -> str:
+        """SHA-256 of the facts, as hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A finished run: what it was, its codes on disk, and what happened on the way. seconds: of this process."""
+
+    ready: Ready
+    journal: Journal
     blocks: tuple[BlockStats, ...]
     seconds: float
+
+    @property
+    def prepared(self) -> Prepared:
+        """The planned model."""
+        return self.ready.prepared
 
     @property
     def job(self) -> Job:
@@ -82,6 +125,11 @@ class Quantised:
     def plan(self) -> Plan:
         """What every layer became."""
         return self.prepared.plan
+
+    @property
+    def calibration(self) -> CalibrationSet | None:
+        """What it was tuned on."""
+        return self.ready.calibration
 
     def tensor(self, name: str) -> QTensor:
         """The codes of the layer `name`."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import auto_round
+from auto_round.calibrate.dataset import CalibrationSet
 from auto_round.formats.base import Export, Format
-from auto_round.pipeline.job import Quantised
+from auto_round.pipeline.job import Prepared, Quantised
+from auto_round.qtensor import QTensor
 
 
 def save(result: Quantised, output: Format, folder: Path, largest_shard: int) -> None:
@@ -14,7 +17,23 @@ def save(result: Quantised, output: Format, folder: Path, largest_shard: int) ->
 
     Raises FormatError naming the layer that does not.
     """
-    recipe, data = result.job.recipe, result.calibration
+    export = export_of(result.prepared, result.calibration, result.tensor)
+    output.write(export, folder, largest_shard)
+    output.prove(export, folder)
+
+
+def blank_export(prepared: Prepared) -> Export:
+    """What a format needs to tell the sizes of its files, before there are codes."""
+
+    def no_codes(name: str) -> QTensor:
+        raise AssertionError(f"the codes of {name!r} were asked for before they are made")
+
+    return export_of(prepared, None, no_codes)
+
+
+def export_of(prepared: Prepared, data: CalibrationSet | None, tensor: Callable[[str], QTensor]) -> Export:
+    """All that a format needs to write the model, `tensor` giving the codes of a layer."""
+    recipe = prepared.job.recipe
     provenance = {
         "autoround_version": auto_round.__version__,
         "iters": recipe.iters,
@@ -22,16 +41,14 @@ def save(result: Quantised, output: Format, folder: Path, largest_shard: int) ->
         "dataset": data.source if data else None,
         "dataset_sha256": data.digest if data else None,
     }
-    export = Export(
-        checkpoint=result.source.checkpoint,
-        config=result.source.raw_config,
-        plan=result.plan,
-        stored_names=result.prepared.stored_names,
-        replaced={stored: name for name, stored in result.prepared.stored_names.items()},
-        tensor=result.tensor,
-        weight=lambda name: result.tensor(name).dequantize(),
-        extra=result.source.extra_files,
+    return Export(
+        checkpoint=prepared.source.checkpoint,
+        config=prepared.source.raw_config,
+        plan=prepared.plan,
+        stored_names=prepared.stored_names,
+        replaced={stored: name for name, stored in prepared.stored_names.items()},
+        tensor=tensor,
+        weight=lambda name: tensor(name).dequantize(),
+        extra=prepared.source.extra_files,
         provenance={key: value for key, value in provenance.items() if value is not None},
     )
-    output.write(export, folder, largest_shard)
-    output.prove(export, folder)

@@ -41,7 +41,7 @@ class LiveListener:
         self._quiet = quiet
         self._clock = clock
         self._arrow = "->" if self._console.options.ascii_only else "→"
-        self._blocks = self._iters = 0
+        self._blocks = self._iters = self._done = 0
         self._finished: list[float] = []
         self._started = 0.0
         self._peak = 0
@@ -57,9 +57,10 @@ class LiveListener:
         """Print a yellow line, also when quiet."""
         self._line(f"warning: {message}", "yellow")
 
-    def begin(self, blocks: int, iters: int) -> None:
+    def begin(self, blocks: int, iters: int, done: int = 0) -> None:
         """Start the bars."""
         self._blocks, self._iters, self._finished, self._peak = blocks, iters, [], 0
+        self._done = min(done, blocks)
         if self._quiet or not self._console.is_terminal:
             return
         self._bars = Progress(
@@ -100,7 +101,7 @@ class LiveListener:
             return
         line = self.summary(stats)
         if self._bars is None:
-            left = remaining_seconds(self._finished, self._blocks, 0.0, 0.0)
+            left = remaining_seconds(self._finished, self._blocks - self._done, 0.0, 0.0)
             line += f"  ({seconds_text(left)} left)" if left else ""
         else:
             self._bars.update(self._block_bar, completed=stats.index + 1, facts=self._facts(0.0))
@@ -119,7 +120,7 @@ class LiveListener:
         return f"block {stats.index + 1}/{self._blocks}{text}  {seconds_text(stats.seconds)}"
 
     def _facts(self, share: float) -> str:
-        left = remaining_seconds(self._finished, self._blocks, self._clock() - self._started, share)
+        left = remaining_seconds(self._finished, self._blocks - self._done, self._clock() - self._started, share)
         facts = [] if left is None else [f"{seconds_text(left)} left"]
         return "  ".join(facts + ([f"peak {bytes_text(self._peak)}"] if self._peak else []))
 

@@ -50,7 +50,9 @@ class RunReport:
 
     recipe: the fields of the `Recipe`. calibration: source, digest, samples and tokens of the set; None when the run
     needed none. bytes_before, bytes_after: weight files of the original, and the first output folder. seconds: wall
-    time. peak_device_bytes: None on a CPU. A record read from JSON without "measured" has 0 and "" in those fields.
+    time. peak_device_bytes: None on a CPU. signature: SHA-256 of all that decided the result, so that the same job
+    is known again. check: how near the result is to the original, by each way of running it; None when not compared.
+    A record read from JSON without "measured" has 0 and "" in those fields.
     """
 
     model: str
@@ -71,6 +73,8 @@ class RunReport:
     compute_dtype: str
     versions: Mapping[str, str]
     seed: int
+    signature: str
+    check: Mapping[str, Any] | None = None
 
     def to_json(self, measured: bool = True) -> str:
         """Return the record as JSON with sorted keys; without times, memory and paths unless `measured`."""

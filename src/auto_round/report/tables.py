@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Group
 from rich.table import Table
@@ -85,6 +86,7 @@ def _rows(report: RunReport) -> list[tuple[str, str]]:
     rows += [("Kept", kept)] if (kept := _kept(report)) else []
     rows.append(("Calibration", _calibration(report)))
     rows += [("Block error", summary)] if (summary := loss_summary(report.blocks)) else []
+    rows += [("Distance", _distance(report.check["findings"][-1]))] if report.check else []
     if report.seconds:
         rows += [("Time", f"{seconds_text(report.seconds)} on {report.device} in {report.compute_dtype}")]
         rows += [("Peak memory", _memory(report))]
@@ -106,6 +108,16 @@ def _calibration(report: RunReport) -> str:
     facts = report.calibration
     return (
         f"{facts['samples']} samples, {facts['tokens']} tokens from {facts['source']} (sha256 {facts['digest'][:12]})"
+    )
+
+
+def _distance(finding: Mapping[str, Any]) -> str:
+    numbers = [finding[name] for name in ("kl_divergence", "perplexity_ratio", "top1_agreement")]
+    if any(number is None for number in numbers):  # JSON has no word for what is not finite
+        return "not a number: the result is broken"
+    return (
+        f"KL divergence {numbers[0]:.3g} nats, perplexity x {numbers[1]:.3g}, same likeliest token {numbers[2]:.0%}, "
+        "on a few samples"
     )
 
 

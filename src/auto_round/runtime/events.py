@@ -40,8 +40,8 @@ class Listener(Protocol):
         """Take one line the user must see."""
         ...
 
-    def begin(self, blocks: int, iters: int) -> None:
-        """Learn that tuning starts: how many blocks, how many steps in each."""
+    def begin(self, blocks: int, iters: int, done: int = 0) -> None:
+        """Learn that tuning starts: how many blocks, how many steps in each, how many blocks an earlier start did."""
         ...
 
     def block_started(self, index: int, name: str) -> None:
@@ -76,7 +76,7 @@ class LogListener:
         """Log at level warning."""
         self._log.warning(message)
 
-    def begin(self, blocks: int, iters: int) -> None:
+    def begin(self, blocks: int, iters: int, done: int = 0) -> None:
         """Remember the number of blocks."""
         self._blocks = blocks
 

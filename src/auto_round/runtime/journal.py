@@ -1,22 +1,28 @@
-"""Finished blocks on disk: one safetensors file each, written to a temporary name, synced and renamed.
+"""Finished blocks on disk: one safetensors file each, whole or not there, with a checksum of what is in it.
 
 Tensors of a layer: ``<name>.codes`` int32 (out, ceil(in*bits/32)), the packed codes; ``<name>.scales`` float16
-(out, groups); ``<name>.zeros`` uint8 (out, groups) in asymmetric schemes.
+(out, groups); ``<name>.zeros`` uint8 (out, groups) in asymmetric schemes. Metadata: ``layers``, JSON of each layer's
+scheme and in_features; ``stats``, the block's BlockStats; ``sha256`` of all the tensors and of both of these.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
 
 from auto_round.numerics.bitpack import pack, unpack
 from auto_round.qtensor import QTensor
+from auto_round.runtime.durable import write_durably
+from auto_round.runtime.events import BlockStats
 from auto_round.spec.scheme import Scheme
 
 
@@ -28,29 +34,41 @@ class _Place:
 
 
 class Journal:
-    """Codes of the layers that are done, kept in `folder` and read back one layer at a time."""
+    """Codes of the layers that are done, kept in `folder` and read back one layer at a time.
+
+    A journal that is opened again has what was put before, but for files whose checksum is wrong: their titles are in
+    `damaged`, and they count as not done.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._places: dict[str, _Place] = {}
+        self._stats: dict[str, BlockStats | None] = {}
+        self.damaged: list[str] = []
         folder.mkdir(parents=True, exist_ok=True)
+        for file in sorted(folder.glob("*.safetensors")):
+            self._recall(file)
 
-    def put(self, title: str, tensors: Mapping[str, QTensor]) -> None:
+    def __contains__(self, title: object) -> bool:
+        return title in self._stats
+
+    def __len__(self) -> int:
+        return len(self._stats)
+
+    def put(self, title: str, tensors: Mapping[str, QTensor], stats: BlockStats | None = None) -> None:
         """Write the layers of one block (or of the head), called `title`, durably."""
-        data, meta = {}, {}
+        data: dict[str, Tensor] = {}
+        layers = {}
         for name, tensor in tensors.items():
             data[f"{name}.codes"] = pack(tensor.codes, tensor.scheme.bits).cpu()
             data[f"{name}.scales"] = tensor.scales.cpu().contiguous()
             if tensor.zeros is not None:
                 data[f"{name}.zeros"] = tensor.zeros.cpu().contiguous()
-            meta[name] = json.dumps({**asdict(tensor.scheme), "in_features": tensor.in_features}, sort_keys=True)
+            layers[name] = {**asdict(tensor.scheme), "in_features": tensor.in_features}
+        meta = {"layers": json.dumps(layers), "stats": json.dumps(asdict(stats) if stats else None)}
         file = self._folder / f"{title}.safetensors"
-        temporary = file.with_suffix(".tmp")
-        save_file(data, temporary, metadata=meta)
-        sync(temporary)
-        temporary.rename(file)
-        for name, tensor in tensors.items():
-            self._places[name] = _Place(file, tensor.scheme, tensor.in_features)
+        write_durably(file, save(data, {**meta, "sha256": _digest(data, meta)}))
+        self._note(file, layers, stats)
 
     def get(self, name: str) -> QTensor:
         """Read the codes of one layer; raise KeyError when it is not done."""
@@ -60,11 +78,35 @@ class Journal:
             zeros = None if place.scheme.sym else f.get_tensor(f"{name}.zeros")
             return QTensor(codes, f.get_tensor(f"{name}.scales"), zeros, place.scheme)
 
+    def stats(self, title: str) -> BlockStats | None:
+        """What was measured when `title` was put; raise KeyError when it is not done."""
+        return self._stats[title]
 
-def sync(path: Path) -> None:
-    """Force a file (or folder entry) to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    def _note(self, file: Path, layers: Mapping[str, Mapping[str, Any]], stats: BlockStats | None) -> None:
+        self._stats[file.stem] = stats
+        for name, values in layers.items():
+            scheme = {key: value for key, value in values.items() if key != "in_features"}
+            self._places[name] = _Place(file, Scheme(**scheme), values["in_features"])
+
+    def _recall(self, file: Path) -> None:
+        try:
+            with safe_open(file, framework="pt") as f:
+                meta = dict(f.metadata() or {})
+                data = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  safe_open is not iterable
+        except SafetensorError:
+            meta, data = {}, {}
+        checksum = meta.pop("sha256", None)
+        if checksum is None or checksum != _digest(data, meta):
+            self.damaged.append(file.stem)
+            file.unlink()
+            return
+        stats = json.loads(meta["stats"])
+        self._note(file, json.loads(meta["layers"]), BlockStats(**stats) if stats else None)
+
+
+def _digest(data: Mapping[str, Tensor], meta: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
+    for name in sorted(data):
+        digest.update(name.encode())
+        digest.update(data[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

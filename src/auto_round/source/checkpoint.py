@@ -61,8 +61,10 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             raise SourceError(f"{file}: header of {length} bytes does not fit the file of {size}; it is truncated")
         try:
             header: dict[str, Any] = json.loads(f.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SourceError(f"{file}: header is not valid JSON ({error}); the file is damaged") from None
+    if not isinstance(header, dict):
+        raise SourceError(f"{file}: header is a JSON {type(header).__name__}, not an object; the file is damaged")
     header.pop("__metadata__", None)
     entries = {name: _entry(file, name, info, 8 + length) for name, info in header.items()}
     _check_extents(file, entries, 8 + length, size)
@@ -71,13 +73,15 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
 
 def _entry(file: Path, name: str, info: Any, start: int) -> TensorEntry:
     try:
-        dtype, shape = str(info["dtype"]), tuple(int(n) for n in info["shape"])
-        begin, end = (int(n) for n in info["data_offsets"])
+        dtype, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
+        whole = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
     except (KeyError, TypeError, ValueError):
-        raise SourceError(f"{file}: the header entry of tensor {name!r} is damaged") from None
+        whole = False
+    if not whole:
+        raise SourceError(f"{file}: the header entry of tensor {name!r} is damaged")
     if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
         raise SourceError(f"{file}: tensor {name!r} of {dtype} {list(shape)} claims {end - begin} bytes")
-    return TensorEntry(file, dtype, shape, start + begin, end - begin)
+    return TensorEntry(file, dtype, tuple(shape), start + begin, end - begin)
 
 
 def _check_extents(file: Path, entries: dict[str, TensorEntry], start: int, size: int) -> None:
@@ -145,10 +149,10 @@ def _shards(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise SourceError(f"{index}: not a valid index; it needs a weight_map from tensor to file") from None
         for name in names:
-            if Path(name).name != name:
+            if not isinstance(name, str) or Path(name).name != name:
                 raise SourceError(f"{index}: names {name!r}, a path outside the folder; refused")
             if not (folder / name).is_file():
                 raise SourceError(f"{index}: names {name!r}, which is not in the folder; download it again")

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from auto_round.errors import SourceError
 from auto_round.source.checkpoint import Checkpoint
+from auto_round.source.foreign import foreign
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
 # Files the output writes itself, or that describe weights it does not have.
@@ -79,16 +80,25 @@ def open_source(
         folder = _folder_of(Path(model).expanduser(), title, scratch)
     if not (folder / "config.json").is_file():
         raise SourceError(f"{folder}: no config.json; this is not a Hugging Face model folder")
-    try:
+    with foreign(f"{folder}/config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
-        raise SourceError(f"{folder}/config.json: transformers {transformers.__version__} says: {error}") from None
     if getattr(config, "quantization_config", None) is not None:
         raise SourceError(f"{title}: is quantised already; start from the original model in 16 or 32-bit floats")
     checkpoint = Checkpoint(folder)
+    _check_sizes(config, checkpoint)
     if tokenizer is None:
         tokenizer = _tokenizer_of(folder, trust_remote_code)
     return Source(title, folder, checkpoint, config, tokenizer)
+
+
+def _check_sizes(config: PretrainedConfig, checkpoint: Checkpoint) -> None:
+    """Refuse counts and sizes far beyond any tensor's, on which building the model would take all memory or time."""
+    dimensions = [size for entry in checkpoint.entries.values() for size in entry.shape]
+    largest = 64 * max([1024, len(checkpoint.entries), *dimensions])
+    for name, value in config.get_text_config().to_dict().items():
+        counts = name.startswith("num_") or name.endswith(("_size", "_dim", "_heads", "_layers"))
+        if counts and isinstance(value, int) and not -largest < value < largest:
+            raise SourceError(f"config.json: {name} is {value}, far beyond the size of any tensor of the checkpoint")
 
 
 def _folder_of(path: Path, title: str, scratch: Path) -> Path:
@@ -136,7 +146,5 @@ def _tokenizer_of(folder: Path, trust_remote_code: bool) -> Any | None:
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
     if not any((folder / name).is_file() for name in names):
         return None
-    try:
+    with foreign(f"{folder}: its tokenizer cannot be loaded"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        raise SourceError(f"{folder}: its tokenizer cannot be loaded: {error}") from None

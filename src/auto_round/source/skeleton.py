@@ -12,6 +12,7 @@ from transformers.initialization import no_init_weights
 
 from auto_round.errors import SourceError
 from auto_round.source.checkpoint import Checkpoint
+from auto_round.source.foreign import foreign
 
 
 class Skeleton:
@@ -23,13 +24,9 @@ class Skeleton:
     def __init__(self, config: PretrainedConfig, checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> None:
         """Build the tree; raise SourceError when transformers has no causal language model for the config."""
         self.checkpoint = checkpoint
-        try:
-            with init_empty_weights(include_buffers=False), no_init_weights():
-                self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                    config, trust_remote_code=trust_remote_code
-                )
-        except ValueError as error:
-            raise SourceError(f"{checkpoint.folder}: transformers cannot build this model: {error}") from None
+        building = foreign(f"{checkpoint.folder}: the model of its config cannot be built")
+        with building, init_empty_weights(include_buffers=False), no_init_weights():
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         self.model.eval().requires_grad_(False)
         self.model.config.use_cache = False
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -53,6 +54,14 @@ class Plan:
     def kept(self) -> dict[str, LayerPlan]:
         """The layers that stay as they are, by name."""
         return {layer.name: layer for layer in self.layers if layer.scheme is None}
+
+    def codes_bytes(self) -> int:
+        """Bytes that the codes, scales and zero points of all quantised layers take, rounded up by layer."""
+        return sum(
+            math.ceil(layer.out_features * layer.in_features * layer.scheme.bits_per_weight(layer.in_features) / 8)
+            for layer in self.quantised.values()
+            if layer.scheme is not None
+        )
 
     def bits_per_weight(self) -> float:
         """Mean stored bits per weight over the quantised layers; 0 when there is none."""

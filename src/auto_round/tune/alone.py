@@ -10,7 +10,9 @@ from auto_round.spec.scheme import Scheme
 from auto_round.tune.layer import TunedLayer
 from auto_round.tune.start import make_start
 
-ROWS = 4096  # rows at a time; rows do not depend on each other, so this bounds memory and changes nothing
+# Rows do not depend on each other, so taking some at a time bounds memory and changes nothing.
+ELEMENTS = 1 << 22  # weights at a time
+COMPENSATED_ROWS = 4096  # rows at a time where each lot factorises the inputs' second moment again
 
 
 @torch.no_grad()
@@ -20,7 +22,8 @@ def quantise_alone(weight: Tensor, scheme: Scheme, kind: str, moment: Tensor | N
     moment: (in, in) second moment of the inputs, or None. Raises AutoRoundError when the weight is not finite.
     """
     parts = []
-    for rows in weight.split(ROWS):
+    lot = max(1, ELEMENTS // weight.shape[1]) if moment is None else COMPENSATED_ROWS
+    for rows in weight.split(lot):
         rows = rows.to(device)
         start = make_start(rows.float(), scheme, kind, moment)
         parts.append(TunedLayer(rows, scheme, start, searched=kind != "plain").qtensor())

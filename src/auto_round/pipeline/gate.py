@@ -1,0 +1,262 @@
+"""The end gate: what was made is run beside the original on a few samples before it is called done.
+
+Twice: block by block from the codes (any size fits, and the errors of single blocks show), and, where memory allows,
+through transformers from the written folder, as a user would open it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from auto_round.calibrate.capture import logits_of
+from auto_round.calibrate.walker import Walk, outside_blocks, walk
+from auto_round.errors import CheckError, SpecError
+from auto_round.evaluate.metrics import Tally, evaluate_tokens, greedy, held_out_text, tally
+from auto_round.pipeline.job import Prepared, Quantised
+from auto_round.pipeline.needs import budget_bytes, checking_bytes
+from auto_round.runtime.device import release_cached
+from auto_round.runtime.events import Listener
+from auto_round.runtime.memory import resident_bytes
+
+SAMPLES = 2  # of the calibration set, and as many of text it does not have
+SEQLEN = 128  # tokens
+SENTENCE_TOKENS = 16
+PROMPT = "The most important thing to know about"
+DIGITS = 4  # significant ones in the record: the last bits of a sum may differ from machine to machine
+LOADED_SHARE = 1.5  # memory of an opened model over its files: weights as they are read, and as a kernel wants them
+BLAMED = 3  # blocks named when a result is bad
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How near one way of running the result is to the original.
+
+    opened: "block by block", or the format whose folder transformers opened. kl_divergence: mean, in nats.
+    perplexity_ratio: that of the result over the original's. top1_agreement: 0 .. 1. sentence: what the model goes on
+    with after PROMPT; empty block by block.
+    """
+
+    opened: str
+    kl_divergence: float
+    perplexity_ratio: float
+    top1_agreement: float
+    sentence: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All findings, the error each block adds (relative, 0 .. 1), and why a part was left out."""
+
+    findings: tuple[Finding, ...]
+    block_errors: tuple[float, ...]
+    notes: tuple[str, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """What the record keeps."""
+        return {"findings": [asdict(finding) for finding in self.findings], "notes": list(self.notes)}
+
+
+def check(result: Quantised, folders: Sequence[tuple[str, Path]], listener: Listener) -> Verdict | None:
+    """Run the result beside the original. folders: (format, where it was written). None when there is no text to
+    run, or too little memory.
+
+    Memory: as tuning for the first part; the whole quantised model for the second, which is left out if it is larger
+    than what is available.
+    """
+    tokens = _samples(result)
+    if tokens is None:
+        listener.note("not compared with the original: neither calibration samples nor a tokenizer for other text")
+        return None
+    needed, budget = checking_bytes(result.prepared, tokens.numel()), budget_bytes(result.job)
+    if needed > budget:
+        listener.note(
+            f"not compared with the original: that needs about {needed / 1e9:.1f} GB, {budget / 1e9:.1f} GB may be used"
+        )
+        return None
+    reference, found, errors = _block_by_block(result, tokens)
+    findings = [_finding("block by block", found)]
+    notes = []
+    for name, folder in folders:
+        reason = _why_not_opened(folder, budget)
+        if reason is None:
+            findings.append(_opened(name, folder, result, tokens, reference))
+        else:
+            notes.append(f"{name}: not opened through transformers: {reason}")
+    for note in notes:
+        listener.note(note)
+    for finding in findings:
+        listener.note(_line(finding))
+    return Verdict(tuple(findings), tuple(errors), tuple(notes))
+
+
+def judge(verdict: Verdict, largest: float, blocks: Sequence[str], folder: Path) -> None:
+    """Raise CheckError when a finding is worse than `largest` nats of KL divergence, naming the blocks to blame."""
+    bad = [f for f in verdict.findings if not f.kl_divergence <= largest]
+    if not bad:
+        return
+    lines = [_line(finding) for finding in bad]
+    if bad[0].opened != "block by block":
+        lines.append("Its codes alone are within the bound: the fault is in how the folder is read or computed with.")
+    else:
+        order = sorted(range(len(blocks)), key=lambda i: -_added(verdict.block_errors, i))
+        blame = ", ".join(f"{blocks[i]} (+{_added(verdict.block_errors, i):.1%})" for i in order[:BLAMED])
+        lines.append(f"Blocks that add most to the relative error: {blame}.")
+        lines.append("Give them more bits by layer_config, or tune longer; more bits or smaller groups help most.")
+    raise CheckError(
+        f"{folder}: was written, but is further from the original than {largest} nats of KL divergence\n"
+        + "\n".join(lines)
+        + "\nThe folder stays. --max_kl sets the bound, --disable_check turns this off."
+    )
+
+
+def _added(errors: Sequence[float], index: int) -> float:
+    """The relative error a block adds to what it was given; not a number counts as all of it."""
+    before = errors[index - 1] if index else 0.0
+    added = errors[index] - before
+    return added if math.isfinite(added) else math.inf
+
+
+def _line(finding: Finding) -> str:
+    said = f'; goes on: "{PROMPT}{finding.sentence}"' if finding.sentence else ""
+    return (
+        f"{finding.opened}: KL divergence {finding.kl_divergence:.3g} nats, perplexity x {finding.perplexity_ratio:.3g}"
+        f", same likeliest token {finding.top1_agreement:.0%}{said}"
+    )
+
+
+def _samples(result: Quantised) -> Tensor | None:
+    """(n, tokens) int64 of calibration and of other text, all of one length and inside the vocabulary."""
+    rows: list[Tensor] = []
+    seqlen = SEQLEN
+    if result.calibration is not None:
+        seqlen = min(seqlen, result.calibration.tokens.shape[1])
+        whole = result.calibration.mask[:, :seqlen].all(dim=1)
+        rows += list(result.calibration.tokens[whole, :seqlen][:SAMPLES])
+    tokenizer = result.source.tokenizer
+    if tokenizer is not None:
+        limit = getattr(result.source.config.get_text_config(), "max_position_embeddings", None) or seqlen
+        seqlen = min(seqlen, limit)
+        rows = [row[:seqlen] for row in rows]
+        with suppress(SpecError):  # a tokenizer that makes few tokens of a page: calibration samples are enough
+            rows += list(evaluate_tokens(tokenizer, held_out_text(), seqlen, SAMPLES))
+    vocabulary = result.prepared.skeleton.model.get_input_embeddings().weight.shape[0]
+    rows = [row for row in rows if int(row.max()) < vocabulary]
+    return torch.stack(rows) if rows and seqlen > 1 else None
+
+
+def _block_by_block(result: Quantised, tokens: Tensor) -> tuple[Tensor, Tally, list[float]]:
+    """Logits (n * (tokens - 1), vocabulary) of the original, the result's distance, each block's relative error."""
+    prepared, job = result.prepared, result.job
+    settings = Walk(
+        batch_size=len(tokens),
+        quantised_inputs=True,
+        device=job.device,
+        dtype=job.dtype,
+        store=job.device,
+        compile=False,
+    )
+    errors: list[float] = []
+    original = quantised = None
+    for loaded in walk(prepared.skeleton, prepared.blocks, tokens, settings):
+        if original is not None and quantised is not None:
+            errors.append(_relative_error(quantised, original))
+        for name, linear in loaded.linears.items():
+            if name in prepared.plan.quantised:
+                linear.weight.data.copy_(result.tensor(name).dequantize())
+        original, quantised = loaded.targets.clone(), loaded.inputs
+    assert original is not None
+    assert quantised is not None
+    errors.append(_relative_error(quantised, original))
+    with _behind_blocks(prepared):
+        reference = _logits(prepared, tokens, original)
+        head = prepared.skeleton.model.get_output_embeddings()
+        for name in prepared.outside:
+            if prepared.skeleton.model.get_submodule(name) is head:
+                head.weight.data.copy_(result.tensor(name).dequantize())
+        logits = _logits(prepared, tokens, quantised)
+    return reference, tally(reference, logits, _targets(tokens)), errors
+
+
+def _opened(name: str, folder: Path, result: Quantised, tokens: Tensor, reference: Tensor) -> Finding:
+    """Open a folder as users do, and compare."""
+    job, tokenizer = result.job, result.source.tokenizer
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=job.dtype, device_map=str(job.device), trust_remote_code=job.trust_remote_code
+    )
+    with torch.no_grad():
+        rows = [model(input_ids=row[None].to(job.device), use_cache=False).logits[0, :-1] for row in tokens]
+    found = _finding(name, tally(reference, torch.cat(rows), _targets(tokens)))
+    sentence = greedy(model, tokenizer, PROMPT, SENTENCE_TOKENS) if tokenizer is not None else ""
+    del model, rows
+    gc.collect()  # a model's modules refer to each other
+    release_cached(job.device)
+    return replace(found, sentence=sentence)
+
+
+def _why_not_opened(folder: Path, budget: int) -> str | None:
+    """Why transformers is not asked to open a folder, or None."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"quantization_config": {}}
+    if config.get("quantization_config", {"quant_method": "auto-round"}).get("quant_method") != "auto-round":
+        return "its reader is another package's; every layer was read back here"
+    needed = resident_bytes() + int(LOADED_SHARE * sum(file.stat().st_size for file in folder.glob("*.safetensors")))
+    if needed > budget:
+        return f"it needs about {needed / 1e9:.1f} GB of memory, {budget / 1e9:.1f} GB may be used"
+    return None
+
+
+def _logits(prepared: Prepared, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """(n * (tokens - 1), vocabulary): what the original model makes of the last block's output."""
+    device = prepared.job.device
+    rows = [
+        logits_of(prepared.skeleton.model, prepared.blocks, tokens[i : i + 1].to(device), hidden[i : i + 1].to(device))
+        for i in range(len(tokens))
+    ]
+    return torch.cat([row[0, :-1] for row in rows])
+
+
+def _targets(tokens: Tensor) -> Tensor:
+    return tokens[:, 1:].reshape(-1)
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    """|found - expected|^2 / |expected|^2."""
+    difference = (found.double() - expected.double()).square().sum()
+    return float(difference / expected.double().square().sum())
+
+
+def _finding(opened: str, total: Tally) -> Finding:
+    ratio = math.exp(min((total.nll - total.reference_nll) / total.positions, 700.0))
+    agreement = total.agreements / total.positions
+    return Finding(opened, _rounded(total.kl / total.positions), _rounded(ratio), _rounded(agreement))
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
+
+
+@contextmanager
+def _behind_blocks(prepared: Prepared) -> Iterator[None]:
+    """Everything outside the blocks loaded, the head too."""
+    skeleton, job = prepared.skeleton, prepared.job
+    head = skeleton.model.get_output_embeddings()
+    modules = outside_blocks(skeleton.model, prepared.blocks)
+    modules += [(name, module) for name, module in skeleton.model.named_modules() if module is head]
+    for name, module in modules:
+        skeleton.load(module, name, job.dtype, job.device)
+    try:
+        yield
+    finally:
+        for name, module in modules:
+            skeleton.free(module, name)

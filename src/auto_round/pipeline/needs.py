@@ -1,0 +1,178 @@
+"""What a run needs: memory by stage, samples per forward, and where activations lie; all from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from auto_round.pipeline.job import Job, Prepared
+from auto_round.runtime.memory import available_bytes, resident_bytes
+from auto_round.source.checkpoint import DTYPES
+from auto_round.tune.alone import ELEMENTS
+
+# Resident memory a process reaches by the time it tunes, over what it has when it plans: the linear algebra library's
+# buffers, compiled kernels, the allocator's slack. Measured.
+OVERHEAD = 150_000_000
+# float32 tensors of the size of one slice of a weight that are alive at once while it is rounded alone. Measured.
+ALONE_COPIES = 10
+HIDDEN_COPIES = 10  # float32 hidden states that a block's norms and sums keep for its backward pass
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Counts of one block, the largest in each respect.
+
+    weights: of quantised Linears. parameters: of everything. stored_bytes: of its weights in the checkpoint.
+    largest_weight: of one Linear. moments: sum over distinct inputs of inputs squared; largest_moment: of one.
+    features: inputs and outputs of all its Linears, per token.
+    """
+
+    weights: int
+    parameters: int
+    stored_bytes: int
+    largest_weight: int
+    moments: int
+    largest_moment: int
+    features: int
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run will use. memory: stage -> peak bytes; see the fields of the same names in `Forecast`."""
+
+    memory: Mapping[str, int]
+    samples_per_forward: int
+    on_disk: bool
+    activation_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Largest of all stages."""
+        return max(self.memory.values())
+
+
+def needs(prepared: Prepared, samples: int, seqlen: int) -> Needs:
+    """Choose where activations lie and how many samples go through a block at once, so that the budget suffices.
+
+    First activations leave for the disk, then fewer samples go through a block at once. samples, seqlen: of the
+    calibration set; 0 samples when none is needed. The result may still be above the budget: see `too_much`.
+    """
+    job = prepared.job
+    budget = budget_bytes(job)
+    found = _needs(prepared, samples, seqlen, job.recipe.batch_size, on_disk=job.activations_on_disk)
+    if found.peak_bytes > budget and samples:
+        found = _needs(prepared, samples, seqlen, job.recipe.batch_size, on_disk=True)
+        while found.peak_bytes > budget and found.samples_per_forward > 1:
+            found = _needs(prepared, samples, seqlen, fewer(found.samples_per_forward), on_disk=True)
+    return found
+
+
+def too_much(wanted: Needs, job: Job) -> str | None:
+    """A sentence when a run needs more than its budget, else None."""
+    budget = budget_bytes(job)
+    if wanted.peak_bytes <= budget:
+        return None
+    stage = max(wanted.memory, key=lambda name: wanted.memory[name])
+    limit = "max_memory allows" if job.max_memory else "this machine has"
+    return (
+        f"{stage} needs about {wanted.peak_bytes / 1e9:.2f} GB of memory and {limit} {budget / 1e9:.2f} GB; allow "
+        "more, lower seqlen, or choose the recipe rtn, which needs no activations"
+    )
+
+
+def checking_bytes(prepared: Prepared, positions: int) -> int:
+    """Peak memory of running the original and the result block by block on a few samples of `positions` tokens in all.
+
+    The head and the rest outside the blocks are there at once, the stored bytes of one of them beside them, and the
+    logits of both chains twice.
+    """
+    outside, head = outside_bytes(prepared, prepared.job.dtype)
+    vocabulary: int = prepared.skeleton.model.get_input_embeddings().weight.shape[0]
+    copied = max((entry.nbytes for entry in prepared.source.checkpoint.entries.values()), default=0)
+    width = prepared.job.dtype.itemsize
+    block = block_sizes(prepared).parameters * width
+    behind = outside + head + copied + 4 * positions * vocabulary * width
+    return resident_bytes() + OVERHEAD + max(behind, outside, block)
+
+
+def fewer(samples: int) -> int:
+    """The largest number below `samples` that divides it, so that steps stay of one size."""
+    return next(count for count in range(samples // 2, 0, -1) if samples % count == 0)
+
+
+def budget_bytes(job: Job) -> int:
+    """Resident memory this run may reach: what was asked for, or what the machine has."""
+    return job.max_memory or resident_bytes() + available_bytes()
+
+
+def micro_batched(job: Job, samples: int) -> Job:
+    """The same job with `samples` in one forward and as many in one step as before: gradients add up over them."""
+    recipe = job.recipe
+    parts = recipe.batch_size // samples
+    changed = replace(recipe, batch_size=samples, gradient_accumulate_steps=recipe.gradient_accumulate_steps * parts)
+    return replace(job, recipe=changed)
+
+
+def block_sizes(prepared: Prepared) -> Sizes:
+    """The largest of each count over all blocks."""
+    counted = [_count(prepared, block) for block in prepared.blocks]
+    return Sizes(*(max(getattr(sizes, name) for sizes in counted) for name in Sizes.__dataclass_fields__))
+
+
+def outside_bytes(prepared: Prepared, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes in `dtype` of what lies outside the blocks: (without the head, the head alone)."""
+    model = prepared.skeleton.model
+    head = model.get_output_embeddings()
+    inside = tuple(f"{block}." for block in prepared.blocks)
+    own = {name: p for name, p in model.named_parameters(remove_duplicate=False) if not name.startswith(inside)}
+    heads = sum(p.numel() for p in head.parameters()) if head is not None else 0
+    names = {f"{name}.weight" for name, module in model.named_modules() if module is head}
+    return sum(p.numel() for n, p in own.items() if n not in names) * dtype.itemsize, heads * dtype.itemsize
+
+
+def _needs(prepared: Prepared, samples: int, seqlen: int, micro: int, *, on_disk: bool) -> Needs:
+    job = prepared.job
+    sizes, base = block_sizes(prepared), resident_bytes() + OVERHEAD
+    width = job.dtype.itemsize
+    hidden = prepared.skeleton.model.get_input_embeddings().weight.shape[1]
+    outside, _ = outside_bytes(prepared, job.dtype)
+    activations = 2 * samples * seqlen * hidden * width
+    kept = 0 if on_disk else activations
+    copied = max((entry.nbytes for entry in prepared.source.checkpoint.entries.values()), default=0)
+    memory = {"saving": base + copied + 4 * sizes.largest_weight}
+    if samples:
+        per_token = sizes.features * width + HIDDEN_COPIES * hidden * 4
+        moments = 4 * sizes.moments + 12 * sizes.largest_moment if job.recipe.start == "compensated" else 0
+        # Held while a block is tuned: it and its exact weights; W and V in float32; gradients; codes kept and tried.
+        block = sizes.parameters * width + sizes.stored_bytes + 8 * sizes.weights + 2 * sizes.weights
+        steps = sizes.weights * width + micro * seqlen * per_token
+        memory["loading"] = base + outside + copied + kept
+        memory["tuning"] = base + kept + block + max(steps, moments)
+    else:
+        rounding = sizes.weights * 2 + 2 * sizes.largest_weight * 4 + ALONE_COPIES * 4 * ELEMENTS
+        memory["rounding"] = base + rounding
+    return Needs(memory, micro, on_disk, activations)
+
+
+def _count(prepared: Prepared, block: str) -> Sizes:
+    module = prepared.skeleton.model.get_submodule(block)
+    linears = {f"{block}.{name}": m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+    planned = [m for name, m in linears.items() if name in prepared.plan.quantised]
+    # q, k, v and gate, up read the same tensor; Linears with as many inputs in the same parent are taken to share.
+    inputs = {
+        (name.rpartition(".")[0], m.in_features) for name, m in linears.items() if name in prepared.plan.quantised
+    }
+    entries = prepared.source.checkpoint.entries
+    stored = [entries[prepared.stored_names[name]] for name in linears if name in prepared.stored_names]
+    return Sizes(
+        weights=sum(m.weight.numel() for m in planned),
+        parameters=sum(p.numel() for p in module.parameters()),
+        stored_bytes=sum(entry.nbytes for entry in stored if entry.dtype in DTYPES),
+        largest_weight=max((m.weight.numel() for m in planned), default=0),
+        moments=sum(width**2 for _, width in inputs),
+        largest_moment=max((width**2 for _, width in inputs), default=0),
+        features=sum(m.in_features + m.out_features for m in linears.values()),
+    )

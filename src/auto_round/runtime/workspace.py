@@ -1,0 +1,165 @@
+"""The hidden folder beside an output in which a run keeps what it has done, and the lock on it.
+
+.NAME.auto-round/lock       held (flock) while a process works on it; who it is stands inside
+                 job.json   what the work is for: two jobs never mix in one folder
+                 blocks/    the journal, one file for every finished block
+                 source/    a loaded model or a GGUF file, unpacked
+                 output/    the output while it is put together; renamed to NAME when it is whole
+                 replaced/  a former NAME on its way out
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from auto_round.errors import OutputError
+from auto_round.runtime.durable import sync, sync_tree, write_durably
+
+Facts = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A locked work folder; made by `workspace`."""
+
+    folder: Path
+    target: Path
+
+    @property
+    def blocks(self) -> Path:
+        """Where the journal lies."""
+        return self.folder / "blocks"
+
+    @property
+    def staging(self) -> Path:
+        """Where the output is put together."""
+        return self.folder / "output"
+
+    def recorded(self) -> dict[str, Any] | None:
+        """What the work in this folder is for, or None when there is none yet."""
+        try:
+            facts: dict[str, Any] = json.loads((self.folder / "job.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return facts
+
+    def claim(self, facts: Facts, *, overwrite: bool) -> None:
+        """Make this the folder of the job that `facts` (JSON values) describe, or find that it is already.
+
+        Work of another job is discarded when `overwrite`; else OutputError says in what the two differ.
+        """
+        plain = json.loads(json.dumps(facts))
+        recorded = self.recorded()
+        if recorded == plain:
+            return
+        if recorded is not None and not overwrite:
+            raise OutputError(
+                f"{self.target}: an unfinished run of another job is kept in {self.folder}. It differs in:\n"
+                + "\n".join(f"  {line}" for line in differences(recorded, plain))
+                + "\nFinish it with its own command, choose another output_dir, or discard it with --overwrite."
+            )
+        self.discard()
+        write_durably(self.folder / "job.json", json.dumps(plain, indent=1).encode())
+
+    def discard(self) -> None:
+        """Forget the work that is kept here."""
+        for leftover in (self.blocks, self.staging, self.folder / "activations"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        (self.folder / "job.json").unlink(missing_ok=True)
+
+    def publish(self) -> None:
+        """Put the finished `staging` in the target's place, whole, and forget the work."""
+        sync_tree(self.staging)
+        if self.target.exists():
+            self.target.rename(self.folder / "replaced")
+        self.staging.rename(self.target)
+        sync(self.target.parent)
+        shutil.rmtree(self.folder)
+
+
+def work_folder(target: Path) -> Path:
+    """The work folder of the output folder `target`."""
+    return target.with_name(f".{target.name}.auto-round")
+
+
+@contextmanager
+def workspace(target: Path) -> Iterator[Workspace]:
+    """Lock the work folder of `target`, made when it is not there; removed at the end when no work is kept in it.
+
+    Raises OutputError when another process holds it. A process that dies lets go of its lock, so none can be stale.
+    """
+    folder = work_folder(target)
+    handle = _locked(folder)
+    try:
+        _restore_replaced(folder, target)
+        yield Workspace(folder, target)
+    finally:
+        if folder.is_dir() and not any((folder / "blocks").glob("*.safetensors")):
+            shutil.rmtree(folder)
+        os.close(handle)
+
+
+def _locked(folder: Path) -> int:
+    file = folder / "lock"
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
+            os.close(handle)
+            raise OutputError(
+                f"{folder}: {holder} is at work on this output; wait for it, or choose another output_dir"
+            ) from None
+        # The holder before us may have removed the folder after we opened its file: then lock the new one.
+        if file.exists() and os.fstat(handle).st_ino == file.stat().st_ino:
+            break
+        os.close(handle)
+    os.ftruncate(handle, 0)
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    os.write(handle, f"process {os.getpid()} on {socket.gethostname()} (since {started})".encode())
+    return handle
+
+
+def _restore_replaced(folder: Path, target: Path) -> None:
+    """Undo half an exchange: a former output was moved away and its successor had not come yet."""
+    replaced = folder / "replaced"
+    if replaced.is_dir():
+        if target.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(target)
+
+
+def differences(recorded: Facts, wanted: Facts, limit: int = 6) -> list[str]:
+    """One line for each entry in which two jobs differ, at most `limit` and a count of the rest."""
+    before, after = _flat(recorded), _flat(wanted)
+    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    lines = [f"{name}: {_shown(before.get(name))} there, {_shown(after.get(name))} here" for name in names[:limit]]
+    return lines + ([f"and {len(names) - limit} more"] if len(names) > limit else [])
+
+
+def _flat(facts: Facts, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{name} "))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _shown(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 40 else text[:12] + "..."

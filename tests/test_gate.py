@@ -1,0 +1,73 @@
+"""The end gate: a good result passes, a bad one fails and is named, and neither costs the folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from auto_round import AutoRound
+from auto_round.errors import CheckError
+from auto_round.evaluate.metrics import compare, evaluate_tokens, held_out_text
+from tests.conftest import tiny_llama, tiny_tokenizer
+
+RTN: dict[str, Any] = {"group_size": 32, "recipe": "rtn", "device": "cpu", "compute_dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def sharp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that is sure of its next token, so that rounding can do harm: logits 60 times those of a fresh one."""
+    folder = tmp_path_factory.mktemp("sharp")
+    model = tiny_llama(num_hidden_layers=3)
+    for layer in model.model.layers:
+        for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
+            weight.data *= 20
+    model.lm_head.weight.data *= 60
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_the_numbers_are_those_of_opening_both_models(sharp: Path, tmp_path: Path) -> None:
+    report = AutoRound(sharp, bits=8, **RTN).quantize_and_save(tmp_path / "out")
+    assert report.check is not None
+    codes, opened = report.check["findings"]
+    assert (codes["opened"], opened["opened"]) == ("block by block", "auto_round")
+    models = [AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (sharp, tmp_path / "out")]
+    expected = compare(*models, evaluate_tokens(tiny_tokenizer(), held_out_text(), 64, 2))
+    for finding in (codes, opened):
+        assert finding["kl_divergence"] == pytest.approx(expected.kl_divergence, rel=0.02)
+        assert finding["top1_agreement"] == pytest.approx(expected.top1_agreement, abs=0.01)
+        ratio = expected.perplexity / expected.perplexity_reference
+        assert finding["perplexity_ratio"] == pytest.approx(ratio, rel=0.01)
+    assert 0 < expected.kl_divergence < 1
+    assert json.loads((tmp_path / "out" / "auto_round.json").read_text())["result"]["check"] == report.check
+
+
+def test_a_bad_result_fails_names_its_worst_block_and_stays(sharp: Path, tmp_path: Path) -> None:
+    rules = {"*.layers.0.*": {"bits": 8}, "*.layers.2.*": {"bits": 8}}
+    with pytest.raises(CheckError, match=r"block by block: KL(.|\n)*relative error: model\.layers\.1 ") as error:
+        AutoRound(sharp, bits=2, layer_config=rules, **RTN).quantize_and_save(tmp_path / "out", max_kl=0.01)
+    assert "--max_kl" in str(error.value)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["out"]
+    AutoRound(sharp, bits=2, **RTN).quantize_and_save(tmp_path / "off", enable_check=False, max_kl=0.01)
+
+
+def test_nan_is_bad_whatever_the_bound(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.model.norm.weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(CheckError, match="nan"):
+        AutoRound(tmp_path / "model", **RTN).quantize_and_save(tmp_path / "out", max_kl=1e9)
+
+
+def test_nothing_is_compared_without_text(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "model")
+    report = AutoRound(tmp_path / "model", **RTN).quantize_and_save(tmp_path / "out")
+    assert report.check is None
