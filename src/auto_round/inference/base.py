@@ -23,13 +23,14 @@ ROW_MULTIPLE = 32
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a backend cannot run a layer, and what to do about it."""
+    """Why a backend cannot run a layer, and what to do about it; install: the command, if only software is missing."""
 
     text: str
     fix: str
+    install: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.text}; {self.fix}"
+        return f"{self.text}; {self.fix}" + (f": {self.install}" if self.install else "")
 
 
 class Packing(Protocol):

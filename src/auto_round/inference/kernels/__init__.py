@@ -1,0 +1,1 @@
+"""Compiled kernels, each beside a plain torch twin."""

@@ -1,0 +1,436 @@
+/* Products of activations with packed 2, 3, 4 and 8-bit weights on CPUs. A plain C ABI; needs neither Python nor torch.
+
+   y[m, o] = sum_i x[m, i] * scale[o, g] * (code[o, i] - zero[o, g]) + bias[o],   g = i / group width
+
+   Weights lie in tiles of 32 outputs. A group of inputs is padded to whole units and cut into segments of at most 128:
+     codes   [tile][segment][unit][bytes], a vector being 32 outputs x 4 inputs = 128 bytes:
+       8 bits  unit  4 inputs: 1 vector
+       4 bits  unit  8 inputs: 1 vector, input quad q in bits 4q
+       2 bits  unit 16 inputs: 1 vector, input quad q in bits 2q
+       3 bits  unit 32 inputs: 2 vectors with the low two bits as above, 1 vector with the third bit of quad q in bit q
+     scales  float16 [tile][group][32]      zeros  uint8 [tile][group][32], or none: 2^(bits-1) throughout
+
+   Activations become fixed point, per token and segment: x = step * sum_p digit[p] * 128^(planes-1-p), digits in -64..63.
+   Two planes keep 13 bits and the sign, three keep 20 (float32). All products and sums within a segment are exact.
+   |digit| <= 64 and codes <= 255 fit what the 16-bit pair sums of AVX2 hold: 2 * 255 * 64 < 2^15.               */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define ABI 1
+#define TILE 32
+#define VECTOR 128
+#define SEGMENT 128
+#define MAX_PLANES 3
+#define TOKEN_BLOCK 64
+#define INLINE static inline __attribute__((always_inline))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+enum { PLAIN, AVX2, AVXVNNI, AVX512 };
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define X86 1
+#include <immintrin.h>
+#endif
+
+/* The parallel region of the OpenMP runtime that torch has loaded, so that one pool of threads serves both. */
+extern void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
+
+typedef struct {
+    const void *x, *bias;
+    const uint8_t *codes, *zeros;
+    const uint16_t *scales;
+    void *y;
+    int64_t tokens, inputs, outputs, width;
+    int bits, dtype, isa, planes;
+    int64_t groups, segments, padded, tile_bytes; /* of one row of tiles */
+    int8_t *digits;                               /* [token][plane][padded] */
+    int32_t *sums;                                /* [token][plane][segment] */
+    float *steps;                                 /* [token][segment] */
+    int64_t next_token, next_item;                /* claimed by threads */
+} Job;
+
+INLINE int unit_of(int bits) { return bits == 3 ? 32 : 32 / bits; }
+
+/* Inputs of a group after padding, a whole number of units. */
+INLINE int64_t padded_group(int64_t inputs, int bits) { return (inputs + unit_of(bits) - 1) / unit_of(bits) * unit_of(bits); }
+
+/* ---- dtypes ---- */
+
+INLINE float bits_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
+INLINE uint32_t float_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
+
+INLINE float half_to_float(uint16_t h) {
+    uint32_t magnitude = (uint32_t)(h & 0x7fff) << 13;
+    float value = bits_float(magnitude) * 0x1p112f;
+    uint32_t special = (h & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000u : float_bits(value);
+    return bits_float(special | (uint32_t)(h & 0x8000) << 16);
+}
+
+INLINE uint16_t float_to_half(float f) {
+    uint32_t u = float_bits(f), sign = u >> 16 & 0x8000, a = u & 0x7fffffff;
+    uint32_t tiny = float_bits(bits_float(a) + 0.5f) - 0x3f000000u;
+    uint32_t normal = (a + 0xc8000fffu + (a >> 13 & 1)) >> 13;
+    uint32_t huge = a > 0x7f800000u ? 0x7e00 : 0x7c00;
+    return (uint16_t)(sign | (a < 0x38800000u ? tiny : a < 0x477ff000u ? normal : huge));
+}
+
+INLINE uint16_t float_to_bfloat(float f) {
+    uint32_t u = float_bits(f);
+    return (uint16_t)((u & 0x7fffffff) > 0x7f800000u ? u >> 16 | 0x40 : (u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+INLINE void load_floats(float *to, const void *from, int64_t at, int64_t count, int dtype) {
+    if (dtype == FLOAT32) memcpy(to, (const float *)from + at, (size_t)count * 4);
+    else if (dtype == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) to[i] = bits_float((uint32_t)((const uint16_t *)from)[at + i] << 16);
+    else
+        for (int64_t i = 0; i < count; i++) to[i] = half_to_float(((const uint16_t *)from)[at + i]);
+}
+
+INLINE void store_floats(void *to, int64_t at, const float *from, int64_t count, int dtype) {
+    if (dtype == FLOAT32) memcpy((float *)to + at, from, (size_t)count * 4);
+    else if (dtype == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) ((uint16_t *)to)[at + i] = float_to_bfloat(from[i]);
+    else
+        for (int64_t i = 0; i < count; i++) ((uint16_t *)to)[at + i] = float_to_half(from[i]);
+}
+
+/* ---- activations to fixed point ---- */
+
+/* One segment: its digits, the sum of each plane's digits, its step. Infinity or NaN makes the step NaN. */
+INLINE void fix_segment(const Job *job, const float *x, int64_t count, int64_t padded, int8_t *digits, int32_t *sums, float *step) {
+    const int planes = job->planes;
+    const float limit = planes == 3 ? 63 * 16384 + 63 * 128 + 63 : 63 * 128 + 63;
+    uint32_t most = 0;
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t a = float_bits(x[i]) & 0x7fffffff;
+        most = a > most ? a : most;
+    }
+    const float largest = bits_float(most);
+    const int usable = most < 0x7f800000u && largest > 0x1p-100f;
+    const float inverse = usable ? limit / largest : 0;
+    int32_t v[SEGMENT];
+    for (int64_t i = 0; i < count; i++) v[i] = usable ? (int32_t)(x[i] * inverse + copysignf(0.5f, x[i])) : 0;
+    for (int64_t i = count; i < padded; i++) v[i] = 0;
+    for (int p = planes - 1; p >= 0; p--) {
+        int32_t sum = 0;
+        for (int64_t i = 0; i < padded; i++) {
+            int32_t rest = p ? (v[i] + 64) >> 7 : 0, digit = v[i] - rest * 128;
+            digits[p * job->padded + i] = (int8_t)digit;
+            sum += digit;
+            v[i] = rest;
+        }
+        sums[p * job->segments] = sum;
+    }
+    *step = most >= 0x7f800000u ? NAN : largest / limit;
+}
+
+INLINE void fix_token(const Job *job, int64_t token) {
+    float x[SEGMENT];
+    int8_t *digits = job->digits + token * job->planes * job->padded;
+    int32_t *sums = job->sums + token * job->planes * job->segments;
+    float *steps = job->steps + token * job->segments;
+    for (int64_t begin = 0; begin < job->inputs; begin += job->width) {
+        const int64_t end = MIN(begin + job->width, job->inputs);
+        for (int64_t at = begin; at < end; at += SEGMENT) {
+            const int64_t count = MIN(SEGMENT, end - at), padded = padded_group(count, job->bits);
+            load_floats(x, job->x, token * job->inputs + at, count, job->dtype);
+            fix_segment(job, x, count, padded, digits, sums++, steps++);
+            digits += padded;
+        }
+    }
+}
+
+/* ---- codes of one segment: packed -> one byte each, [quad][32 outputs][4 inputs] ---- */
+
+INLINE void unpack(const uint8_t *restrict from, uint8_t *restrict to, int64_t quads, int bits) {
+    if (bits == 4)
+        for (int64_t q = 0; q < quads; q += 2, from += VECTOR, to += 2 * VECTOR)
+            for (int i = 0; i < VECTOR; i++) {
+                to[i] = from[i] & 15;
+                to[VECTOR + i] = from[i] >> 4;
+            }
+    else if (bits == 2)
+        for (int64_t q = 0; q < quads; q += 4, from += VECTOR, to += 4 * VECTOR)
+            for (int t = 0; t < 4; t++)
+                for (int i = 0; i < VECTOR; i++) to[t * VECTOR + i] = from[i] >> 2 * t & 3;
+    else /* 3 */
+        for (int64_t q = 0; q < quads; q += 8, from += 3 * VECTOR, to += 8 * VECTOR)
+            for (int t = 0; t < 8; t++)
+                for (int i = 0; i < VECTOR; i++)
+                    to[t * VECTOR + i] = (from[t / 4 * VECTOR + i] >> 2 * (t % 4) & 3) | (from[2 * VECTOR + i] >> t & 1) << 2;
+}
+
+/* ---- one segment of one tile times some tokens: sums of [token][32] grow ---- */
+
+typedef struct {
+    const uint8_t *codes; /* unpacked */
+    const uint8_t *zeros; /* [32] or NULL */
+    const uint16_t *scales;
+    int64_t quads, padded, segments;
+    int bits;
+} Segment;
+
+INLINE void dot_plain(const Segment *s, const int8_t *digits, const int32_t *sums, const float *step, float *total, const int planes) {
+    int32_t acc[MAX_PLANES][TILE];
+    for (int p = 0; p < planes; p++) {
+        for (int r = 0; r < TILE; r++) acc[p][r] = -sums[p * s->segments] * (s->zeros ? s->zeros[r] : 1 << (s->bits - 1));
+        for (int64_t q = 0; q < s->quads; q++) {
+            const int8_t *d = digits + p * s->padded + 4 * q;
+            for (int r = 0; r < TILE; r++) {
+                const uint8_t *w = s->codes + q * VECTOR + 4 * r;
+                acc[p][r] += w[0] * d[0] + w[1] * d[1] + w[2] * d[2] + w[3] * d[3];
+            }
+        }
+    }
+    for (int r = 0; r < TILE; r++) {
+        float value = (float)acc[0][r];
+        for (int p = 1; p < planes; p++) value = value * 128 + (float)acc[p][r];
+        total[r] += value * (*step * half_to_float(s->scales[r]));
+    }
+}
+
+#ifdef X86
+#define TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define TARGET_AVXVNNI __attribute__((target("avx2,fma,f16c,avxvnni")))
+#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,fma,f16c,prefer-vector-width=512")))
+
+INLINE TARGET_AVX2 __m256i start_256(const Segment *s, int32_t sum, int at) {
+    if (!s->zeros) return _mm256_set1_epi32(-sum * (1 << (s->bits - 1)));
+    return _mm256_mullo_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(s->zeros + at))), _mm256_set1_epi32(-sum));
+}
+
+INLINE TARGET_AVX2 void
+finish_256(const Segment *s, const __m256i *acc, float step, float *total, int at, const int planes) {
+    __m256 value = _mm256_cvtepi32_ps(acc[0]);
+    for (int p = 1; p < planes; p++) value = _mm256_fmadd_ps(value, _mm256_set1_ps(128), _mm256_cvtepi32_ps(acc[p]));
+    __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(s->scales + at)));
+    __m256 before = _mm256_loadu_ps(total + at);
+    _mm256_storeu_ps(total + at, _mm256_fmadd_ps(value, _mm256_mul_ps(scale, _mm256_set1_ps(step)), before));
+}
+
+#define QUAD(d, q) (((const int32_t *)(d))[q])
+
+/* 16 outputs at a time. Pair sums stay below 2^15 for 16 quads of codes up to 15, and for one quad of larger codes. */
+INLINE TARGET_AVX2 void
+dot_avx2(const Segment *s, const int8_t *digits, const int32_t *sums, const float *step, float *total, const int planes) {
+    const int run = s->bits == 8 ? 1 : 16;
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int at = 0; at < TILE; at += 16) {
+        __m256i acc[2][MAX_PLANES];
+        for (int p = 0; p < planes; p++)
+            for (int h = 0; h < 2; h++) acc[h][p] = start_256(s, sums[p * s->segments], at + 8 * h);
+        for (int64_t q = 0; q < s->quads;) {
+            const int64_t stop = MIN(q + run, s->quads);
+            __m256i pairs[2][MAX_PLANES];
+            for (int p = 0; p < planes; p++) pairs[0][p] = pairs[1][p] = _mm256_setzero_si256();
+            for (; q < stop; q++) {
+                const __m256i *w = (const __m256i *)(s->codes + q * VECTOR + 4 * at);
+                const __m256i low = _mm256_loadu_si256(w), high = _mm256_loadu_si256(w + 1);
+                for (int p = 0; p < planes; p++) {
+                    const __m256i d = _mm256_set1_epi32(QUAD(digits + p * s->padded, q));
+                    pairs[0][p] = _mm256_add_epi16(pairs[0][p], _mm256_maddubs_epi16(low, d));
+                    pairs[1][p] = _mm256_add_epi16(pairs[1][p], _mm256_maddubs_epi16(high, d));
+                }
+            }
+            for (int p = 0; p < planes; p++)
+                for (int h = 0; h < 2; h++) acc[h][p] = _mm256_add_epi32(acc[h][p], _mm256_madd_epi16(pairs[h][p], ones));
+        }
+        for (int h = 0; h < 2; h++) finish_256(s, acc[h], *step, total, at + 8 * h, planes);
+    }
+}
+
+INLINE TARGET_AVXVNNI void
+dot_avxvnni(const Segment *s, const int8_t *digits, const int32_t *sums, const float *step, float *total, const int planes) {
+    for (int at = 0; at < TILE; at += 16) {
+        __m256i acc[2][MAX_PLANES];
+        for (int p = 0; p < planes; p++)
+            for (int h = 0; h < 2; h++) acc[h][p] = start_256(s, sums[p * s->segments], at + 8 * h);
+        for (int64_t q = 0; q < s->quads; q++) {
+            const __m256i *w = (const __m256i *)(s->codes + q * VECTOR + 4 * at);
+            const __m256i low = _mm256_loadu_si256(w), high = _mm256_loadu_si256(w + 1);
+            for (int p = 0; p < planes; p++) {
+                const __m256i d = _mm256_set1_epi32(QUAD(digits + p * s->padded, q));
+                acc[0][p] = _mm256_dpbusd_avx_epi32(acc[0][p], low, d);
+                acc[1][p] = _mm256_dpbusd_avx_epi32(acc[1][p], high, d);
+            }
+        }
+        for (int h = 0; h < 2; h++) finish_256(s, acc[h], *step, total, at + 8 * h, planes);
+    }
+}
+
+/* `tokens` at once, each weight loaded once; a lone token has two chains of sums, or it would wait for its own results. */
+INLINE TARGET_AVX512 void
+dot_avx512(const Segment *s, const int8_t *digits, const int32_t *sums, const float *step, float *total, const int planes, const int tokens) {
+    const int chains = tokens == 1 ? 2 : 1;
+    __m512i acc[4][MAX_PLANES][2]; /* [token or chain][plane][half] */
+    for (int t = 0; t < tokens; t++)
+        for (int p = 0; p < planes; p++)
+            for (int h = 0; h < 2; h++) {
+                const int32_t sum = sums[(t * planes + p) * s->segments];
+                acc[t][p][h] = s->zeros ? _mm512_mullo_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(s->zeros + 16 * h))),
+                                                             _mm512_set1_epi32(-sum))
+                                        : _mm512_set1_epi32(-sum * (1 << (s->bits - 1)));
+                if (chains == 2) acc[1][p][h] = _mm512_setzero_si512();
+            }
+    for (int64_t q = 0; q < s->quads; q += chains)
+        for (int c = 0; c < chains && q + c < s->quads; c++) {
+            const uint8_t *w = s->codes + (q + c) * VECTOR;
+            const __m512i low = _mm512_loadu_si512(w), high = _mm512_loadu_si512(w + 64);
+            for (int t = 0; t < tokens; t++)
+                for (int p = 0; p < planes; p++) {
+                    const __m512i d = _mm512_set1_epi32(QUAD(digits + (t * planes + p) * s->padded, q + c));
+                    acc[t + c][p][0] = _mm512_dpbusd_epi32(acc[t + c][p][0], low, d);
+                    acc[t + c][p][1] = _mm512_dpbusd_epi32(acc[t + c][p][1], high, d);
+                }
+        }
+    for (int t = 0; t < tokens; t++)
+        for (int h = 0; h < 2; h++) {
+            __m512 value = _mm512_setzero_ps();
+            for (int p = 0; p < planes; p++) {
+                __m512i whole = chains == 2 ? _mm512_add_epi32(acc[0][p][h], acc[1][p][h]) : acc[t][p][h];
+                value = _mm512_fmadd_ps(value, _mm512_set1_ps(128), _mm512_cvtepi32_ps(whole));
+            }
+            __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(s->scales + 16 * h)));
+            float *to = total + t * TILE + 16 * h;
+            _mm512_storeu_ps(to, _mm512_fmadd_ps(value, _mm512_mul_ps(scale, _mm512_set1_ps(step[t * s->segments])), _mm512_loadu_ps(to)));
+        }
+}
+#endif
+
+/* All tokens of a block, compiled for one instruction set. */
+typedef void Dots(const Segment *, const int8_t *digits, const int32_t *sums, const float *steps, float *total, int64_t tokens,
+                  int planes);
+
+#define DOTS(name, attribute, most_2, most_3, CALL)                                                                   \
+    static attribute void dots_##name(const Segment *s, const int8_t *digits, const int32_t *sums, const float *steps, \
+                                      float *total, int64_t tokens, int planes) {                                     \
+        for (int64_t t = 0; t < tokens;) {                                                                            \
+            const int8_t *d = digits + t * planes * s->padded;                                                        \
+            const int32_t *m = sums + t * planes * s->segments;                                                       \
+            const float *f = steps + t * s->segments;                                                                 \
+            float *y = total + t * TILE;                                                                              \
+            if (planes == 2 && tokens - t >= most_2) { CALL(2, most_2); t += most_2; }                                \
+            else if (planes == 3 && tokens - t >= most_3) { CALL(3, most_3); t += most_3; }                           \
+            else if (planes == 2) { CALL(2, 1); t++; }                                                                \
+            else { CALL(3, 1); t++; }                                                                                 \
+        }                                                                                                             \
+    }
+#define CALL_PLAIN(planes, count) dot_plain(s, d, m, f, y, planes)
+#define CALL_AVX2(planes, count) dot_avx2(s, d, m, f, y, planes)
+#define CALL_AVXVNNI(planes, count) dot_avxvnni(s, d, m, f, y, planes)
+#define CALL_AVX512(planes, count) dot_avx512(s, d, m, f, y, planes, count)
+DOTS(plain, , 1, 1, CALL_PLAIN)
+#ifdef X86
+DOTS(avx2, TARGET_AVX2, 1, 1, CALL_AVX2)
+DOTS(avxvnni, TARGET_AVXVNNI, 1, 1, CALL_AVXVNNI)
+DOTS(avx512, TARGET_AVX512, 4, 3, CALL_AVX512)
+#endif
+
+/* ---- one tile times at most TOKEN_BLOCK tokens ---- */
+
+INLINE void multiply(const Job *job, int64_t tile, int64_t token, int64_t count, Dots *dots, const int bits) {
+    const int planes = job->planes;
+    uint8_t unpacked[SEGMENT / 4 * VECTOR] __attribute__((aligned(64)));
+    float total[TOKEN_BLOCK * TILE] __attribute__((aligned(64)));
+    const uint8_t *codes = job->codes + tile * job->tile_bytes;
+    const int64_t row = tile * TILE, rows = MIN(TILE, job->outputs - row);
+    memset(total, 0, (size_t)count * TILE * 4);
+    if (job->bias)
+        for (int64_t t = 0; t < count; t++) load_floats(total + t * TILE, job->bias, row, rows, job->dtype);
+    int64_t at = 0, segment = 0;
+    for (int64_t group = 0; group < job->groups; group++) {
+        const int64_t scale_at = (tile * job->groups + group) * TILE, end = MIN((group + 1) * job->width, job->inputs);
+        for (int64_t i = group * job->width; i < end; i += SEGMENT) {
+            const int64_t inputs = padded_group(MIN(SEGMENT, end - i), bits);
+            Segment s = {bits == 8 ? codes : unpacked, job->zeros ? job->zeros + scale_at : NULL, job->scales + scale_at,
+                         inputs / 4, job->padded, job->segments, bits};
+            if (bits != 8) unpack(codes, unpacked, inputs / 4, bits);
+            dots(&s, job->digits + token * planes * job->padded + at, job->sums + token * planes * job->segments + segment,
+                 job->steps + token * job->segments + segment, total, count, planes);
+            segment++;
+            codes += inputs * TILE * bits / 8;
+            at += inputs;
+        }
+    }
+    for (int64_t t = 0; t < count; t++) store_floats(job->y, (token + t) * job->outputs + row, total + t * TILE, rows, job->dtype);
+}
+
+/* ---- threads claim tokens, then tiles ---- */
+
+INLINE void fix_tokens(Job *job) {
+    for (int64_t t; (t = __atomic_fetch_add(&job->next_token, 1, __ATOMIC_RELAXED)) < job->tokens;) fix_token(job, t);
+}
+
+INLINE void multiply_tiles(Job *job, Dots *dots) {
+    const int64_t tiles = (job->outputs + TILE - 1) / TILE, blocks = (job->tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
+    for (int64_t item; (item = __atomic_fetch_add(&job->next_item, 1, __ATOMIC_RELAXED)) < tiles * blocks;) {
+        const int64_t tile = item % tiles, token = item / tiles * TOKEN_BLOCK, count = MIN(TOKEN_BLOCK, job->tokens - token);
+        switch (job->bits) {
+        case 2: multiply(job, tile, token, count, dots, 2); break;
+        case 3: multiply(job, tile, token, count, dots, 3); break;
+        case 4: multiply(job, tile, token, count, dots, 4); break;
+        default: multiply(job, tile, token, count, dots, 8);
+        }
+    }
+}
+
+#define PATH(name, attribute) \
+    static attribute void fix_##name(void *job) { fix_tokens(job); } \
+    static attribute void run_##name(void *job) { multiply_tiles(job, dots_##name); }
+PATH(plain, )
+#ifdef X86
+PATH(avx2, TARGET_AVX2)
+PATH(avxvnni, TARGET_AVXVNNI)
+PATH(avx512, TARGET_AVX512)
+static void (*const FIX[])(void *) = {fix_plain, fix_avx2, fix_avxvnni, fix_avx512};
+static void (*const RUN[])(void *) = {run_plain, run_avx2, run_avxvnni, run_avx512};
+#else
+static void (*const FIX[])(void *) = {fix_plain};
+static void (*const RUN[])(void *) = {run_plain};
+#endif
+
+static void in_threads(void (*run)(void *), Job *job, int threads) {
+    if (threads > 1 && GOMP_parallel) GOMP_parallel(run, job, (unsigned)threads, 0);
+    else run(job);
+}
+
+/* ---- the ABI ---- */
+
+int auto_round_abi(void) { return ABI; }
+
+/* The best path of this CPU; every smaller number runs too, but for 2 without AVX-VNNI. */
+int auto_round_isa(void) {
+#ifdef X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) return AVX512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
+#endif
+    return PLAIN;
+}
+
+/* Returns 0, or 1 when there is no memory for the fixed-point activations. */
+int auto_round_linear(const void *x, const uint8_t *codes, const uint16_t *scales, const uint8_t *zeros, const void *bias, void *y,
+                      int64_t tokens, int64_t inputs, int64_t outputs, int64_t width, int bits, int dtype, int isa, int threads) {
+    Job job = {.x = x, .codes = codes, .scales = scales, .zeros = zeros, .bias = bias, .y = y, .tokens = tokens, .inputs = inputs,
+               .outputs = outputs, .width = width, .bits = bits, .dtype = dtype, .isa = isa, .planes = dtype == FLOAT32 ? 3 : 2};
+    job.groups = (inputs + width - 1) / width;
+    for (int64_t begin = 0; begin < inputs; begin += width) {
+        const int64_t end = MIN(begin + width, inputs);
+        for (int64_t at = begin; at < end; at += SEGMENT, job.segments++) job.padded += padded_group(MIN(SEGMENT, end - at), bits);
+    }
+    job.tile_bytes = job.padded * TILE * bits / 8;
+    const int64_t rows = tokens * job.planes, digits = (rows * job.padded + 63) / 64 * 64;
+    job.digits = malloc((size_t)(digits + (rows + tokens) * job.segments * 4));
+    if (!job.digits) return 1;
+    job.sums = (int32_t *)(job.digits + digits);
+    job.steps = (float *)(job.sums + rows * job.segments);
+    in_threads(FIX[isa], &job, tokens > 1 ? threads : 1);
+    in_threads(RUN[isa], &job, threads);
+    free(job.digits);
+    return 0;
+}

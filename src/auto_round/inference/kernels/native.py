@@ -1,0 +1,164 @@
+"""The compiled kernel of ``native.c``: found beside this file, called through ctypes, known to torch as an operator.
+
+It is built with the package where there is a C compiler. Activations become fixed point, with a step for every token and
+128 inputs: 13 bits and the sign for bfloat16 and float16, 20 for float32; beyond that only float32 sums are rounded. The
+relative error of a product is below 3e-4 and 2e-6, finer than the dtype of the result, whatever the instruction set.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from auto_round.inference.base import Reason
+from auto_round.inference.kernels.tiles import Tiles
+from auto_round.spec.scheme import Scheme
+
+ABI = 1
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+INSTRUCTION_SETS = ("plain C", "AVX2", "AVX-VNNI", "AVX-512 VNNI")
+BYTES_PER_THREAD = 1 << 14  # below this a second thread costs more than it saves
+REINSTALL = "pip install --force-reinstall --no-cache-dir --no-deps auto-round"
+
+
+@dataclass(frozen=True)
+class Library:
+    """The loaded kernel and the best instruction set of this CPU, an index into INSTRUCTION_SETS."""
+
+    linear: Any
+    isa: int
+
+
+@functools.cache
+def library() -> Library | Reason:
+    """Load the compiled kernel; the reason says why there is none and what to do."""
+    folder = Path(__file__).parent
+    file = next((f for suffix in EXTENSION_SUFFIXES if (f := folder / f"_native{suffix}").exists()), None)
+    if file is None:
+        fix = "install a C compiler (gcc or clang), then build it anew"
+        return Reason("the native kernel was not built when auto-round was installed", fix, REINSTALL)
+    try:
+        loaded = ctypes.CDLL(str(file))
+    except OSError as error:
+        return Reason(f"the native kernel cannot be loaded ({error})", "build it anew", REINSTALL)
+    if loaded.auto_round_abi() != ABI:
+        return Reason("the native kernel was built from another version", "build it anew", REINSTALL)
+    function = loaded.auto_round_linear
+    function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 4 + [ctypes.c_int] * 4
+    return Library(function, int(loaded.auto_round_isa()))
+
+
+def native_linear(x: Tensor, tiles: Tiles, bias: Tensor | None, isa: int | None = None) -> Tensor:
+    """x (..., in) on the CPU, bias (out) of the same dtype or None -> (..., out); no gradient is recorded.
+
+    isa: an instruction set that the CPU has, for tests. Raises RuntimeError when the kernel was not built.
+    """
+    found = library()
+    if isinstance(found, Reason):
+        raise RuntimeError(str(found))
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], tiles.out_features)
+    threads = min(torch.get_num_threads(), 1 + tiles.codes.numel() // BYTES_PER_THREAD)
+    failed = found.linear(
+        x.data_ptr(),
+        tiles.codes.data_ptr(),
+        tiles.scales.data_ptr(),
+        None if tiles.zeros is None else tiles.zeros.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        x.numel() // tiles.in_features,
+        tiles.in_features,
+        tiles.out_features,
+        tiles.scheme.group_width(tiles.in_features),
+        tiles.scheme.bits,
+        DTYPES[x.dtype],
+        found.isa if isa is None else isa,
+        threads,
+    )
+    if failed:
+        raise MemoryError(f"no memory for the fixed-point form of activations of shape {tuple(x.shape)}")
+    return y
+
+
+def reference_linear(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
+    """The twin of `native_linear` in plain torch: dequantised in float32 (float64 for float64 inputs), differentiable."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    weight = tiles.qtensor().dequantize(dtype)
+    return linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
+
+
+# The operator takes the fields of `Tiles` one by one, as torch's schemas know tensors and numbers only.
+_OPERATOR = "auto_round::tiles_linear"
+torch.library.define(
+    _OPERATOR,
+    "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int bits, int group_size, int out_features, "
+    "int in_features) -> Tensor",
+)
+
+
+def _tiles(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, out_features: int, in_features: int
+) -> Tiles:
+    return Tiles(codes, scales, zeros, Scheme(bits, group_size, zeros is None), out_features, in_features)
+
+
+@torch.library.impl(_OPERATOR, "cpu")
+def _run(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, *numbers: int
+) -> Tensor:
+    return native_linear(x, _tiles(codes, scales, zeros, *numbers), bias)
+
+
+@torch.library.register_fake(_OPERATOR)
+def _shape(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, codes, scales, zeros, bias, *ctx.numbers = inputs
+    ctx.save_for_backward(codes, scales, zeros)
+    ctx.biased = bias is not None
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight = _tiles(*ctx.saved_tensors, *ctx.numbers).qtensor().dequantize(torch.float32)
+    for_bias = grad.flatten(0, -2).sum(0) if ctx.biased else None
+    return (grad.float() @ weight).to(grad.dtype), None, None, None, for_bias, None, None, None, None
+
+
+torch.library.register_autograd(_OPERATOR, _backward, setup_context=_remember)
+
+
+def operator_linear(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
+    """`native_linear` as the operator ``auto_round::tiles_linear``: torch.compile and autograd see through it."""
+    scheme = tiles.scheme
+    y: Tensor = torch.ops.auto_round.tiles_linear(
+        x,
+        tiles.codes,
+        tiles.scales,
+        tiles.zeros,
+        bias,
+        scheme.bits,
+        scheme.group_size,
+        tiles.out_features,
+        tiles.in_features,
+    )
+    return y
