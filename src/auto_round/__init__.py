@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from auto_round.api import AutoRound as AutoRound
     from auto_round.errors import AutoRoundError as AutoRoundError
+    from auto_round.inference.loading import AutoRoundConfig as AutoRoundConfig
     from auto_round.qtensor import QTensor as QTensor
     from auto_round.spec.recipe import Recipe as Recipe
     from auto_round.spec.scheme import Scheme as Scheme
@@ -17,13 +18,14 @@ __version__ = version("auto-round")
 
 _TARGETS = {
     "AutoRound": "auto_round.api",
+    "AutoRoundConfig": "auto_round.inference.loading",
     "AutoRoundError": "auto_round.errors",
     "QTensor": "auto_round.qtensor",
     "Recipe": "auto_round.spec.recipe",
     "Scheme": "auto_round.spec.scheme",
 }
 
-__all__ = ["AutoRound", "AutoRoundError", "QTensor", "Recipe", "Scheme", "__version__"]
+__all__ = ["AutoRound", "AutoRoundConfig", "AutoRoundError", "QTensor", "Recipe", "Scheme", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -23,8 +23,10 @@ from auto_round.formats import open_coded
 from auto_round.formats.auto_round import settings
 from auto_round.formats.config import GPTQ_V1, INDEXED, LAYOUTS, RAW, CheckpointConfig
 from auto_round.formats.folder import INDEX
+from auto_round.formats.layouts import GPTQ_RAW
+from auto_round.inference.head import round_head
 from auto_round.inference.qlinear import QLinear
-from auto_round.inference.select import choose, requested
+from auto_round.inference.select import better_installed, choose, choose_stored, requested
 from auto_round.qtensor import QTensor, plain_g_idx
 from auto_round.source.blocks import find_block_lists
 from auto_round.spec.scheme import Scheme
@@ -62,20 +64,24 @@ def convert(model: nn.Module, device: torch.device) -> tuple[nn.Module, list[str
     linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
     schemes = config.resolve(list(linears), config.blocks or find_block_lists(model))
     chosen: Counter[tuple[str, str]] = Counter()
+    installs: set[str] = set()
     for name, scheme in schemes.items():
         if scheme is not None:
             layer = _make(model, name, linears[name], scheme, config, device)
             _install(model, name, layer)
             chosen[scheme.name, layer.backend.name] += 1
+            shape = (layer.out_features, layer.in_features)
+            install = better_installed(layer.backend, scheme, shape, linears[name].weight.dtype, device)
+            installs |= {install} if install else set()
     if not chosen:
         blocks, example = ", ".join(config.blocks) or "not named", next(iter(linears), "nothing")
         raise FormatError(
             f"quantization_config selects none of the {len(linears)} Linear layers of {type(model).__name__}: "
             f"its blocks are {blocks}, the layers are named like {example!r}"
         )
-    logger.info(
-        "%s on %s", ", ".join(f"{count} layers {name} with {used}" for (name, used), count in chosen.items()), device
-    )
+    counts = ", ".join(f"{count} layers {name} with {used}" for (name, used), count in chosen.items())
+    advice = "".join(f"; faster after: {install}" for install in sorted(installs))
+    logger.info("%s on %s%s", counts, device, advice)
     return model, sorted({used for _, used in chosen})
 
 
@@ -99,7 +105,14 @@ def finish(model: nn.Module) -> None:
         reordered = {name: _group_inputs(m, INDEX in absent[name], config) for name, m in layers.items()}
         config = dataclasses.replace(config, act_order=any(reordered.values()))
     for layer in layers.values():
-        layer.prepare(_dtype(model, layer))
+        dtype = _dtype(model, layer)
+        if layer.offloaded and layer.backend.repacks:  # what repacks needs the tensors now
+            shape = (layer.out_features, layer.in_features)
+            layer.backend = choose_stored(config.backend, layer.name, layer.scheme, shape, dtype)
+        layer.prepare(dtype)
+    if config.lm_head_bits is not None:
+        used = round_head(model, config.lm_head_bits, GPTQ_RAW, config.backend)
+        logger.info("output head rounded to %d bits with %s", config.lm_head_bits, used)
     _say_how_it_is_saved(model, layers, config)
 
 
@@ -126,6 +139,7 @@ def _say_how_it_is_saved(model: nn.Module, layers: Mapping[str, QLinear], config
     """Make the quantization_config of a folder of another tool that of an auto_round folder, which saving writes."""
     target = _quantization_config(model)
     given = target if isinstance(target, dict) else vars(target)
+    given.pop("lm_head_bits", None)  # it is of this load, not of the folder
     if not any(key in given for key in FOREIGN_KEYS):
         return
     for key in FOREIGN_KEYS:

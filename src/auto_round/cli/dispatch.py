@@ -10,6 +10,7 @@ import typer
 
 from auto_round.cli.demo import DEMO_LESSON, demo
 from auto_round.cli.quantise import lesson_for, quantise
+from auto_round.cli.running import BACKENDS_LESSON, CHAT_LESSON, GENERATE_LESSON, backends, chat, generate
 from auto_round.cli.teach import Invocation, Lesson, TeachingCommand
 
 # Names that users of other tools type, and ours.
@@ -31,7 +32,12 @@ class Subcommand:
 
 
 # One row a command. Whatever does not begin with one of these words goes to `quantise`.
-SUBCOMMANDS = {"demo": Subcommand(demo, DEMO_LESSON)}
+SUBCOMMANDS = {
+    "demo": Subcommand(demo, DEMO_LESSON),
+    "generate": Subcommand(generate, GENERATE_LESSON),
+    "chat": Subcommand(chat, CHAT_LESSON),
+    "backends": Subcommand(backends, BACKENDS_LESSON),
+}
 
 # Words that stand for a flag of `quantise`, and what they do.
 WORDS = {"plan": ("--dry_run", "Foresees what the same command without this word would do, and writes nothing.")}

@@ -20,7 +20,7 @@ from auto_round.errors import FormatError, SpecError
 from auto_round.formats import layouts
 from auto_round.formats.layouts import Layout
 from auto_round.registry import did_you_mean
-from auto_round.spec.scheme import Scheme
+from auto_round.spec.scheme import ALLOWED_BITS, Scheme
 
 GPTQ_V1, AWQ, RAW = "auto_round:auto_gptq", "auto_round:auto_awq", "auto_round"
 
@@ -51,6 +51,7 @@ class CheckpointConfig:
     scheme: that of layers without a rule. backend: the user's spelling.
     blocks: names of block lists or blocks; empty when the file does not say. extra, dynamic: pattern -> scheme or keep.
     skipped: names never converted. only: if not empty, the names inside a block that are.
+    lm_head_bits: width to which an output head that the file keeps is rounded at loading; None leaves it.
     """
 
     packing: str
@@ -63,6 +64,7 @@ class CheckpointConfig:
     dynamic: Mapping[str, Scheme | None]
     skipped: tuple[str, ...]
     only: tuple[str, ...]
+    lm_head_bits: int | None
 
     @classmethod
     def parse(cls, config: Any) -> CheckpointConfig:
@@ -95,6 +97,7 @@ class CheckpointConfig:
             dynamic=dict(_dynamic(key, rule, scheme) for key, rule in (values.get("dynamic") or {}).items()),
             skipped=tuple(_strings(values.get("modules_to_not_convert"))),
             only=tuple(_strings(values.get("modules_in_block_to_quantize"))),
+            lm_head_bits=_head_bits(values.get("lm_head_bits")),
         )
 
     @property
@@ -167,6 +170,12 @@ def _gptq_packing(values: Mapping[str, Any]) -> str:
     if version not in ("gptq", "gptq_v2"):
         raise FormatError(f"checkpoint_format {version!r} is not one this version reads; it reads gptq and gptq_v2")
     return RAW if version == "gptq_v2" else GPTQ_V1
+
+
+def _head_bits(bits: Any) -> int | None:
+    if bits is None or bits in ALLOWED_BITS:
+        return bits
+    raise FormatError(f"lm_head_bits={bits!r} is not supported; use 8 or 4, or leave it out to keep the head as it is")
 
 
 def _refuse_settings(values: Mapping[str, Any], where: str) -> None:

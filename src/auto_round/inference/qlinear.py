@@ -116,22 +116,23 @@ class QLinear(nn.Module):
         self._stored_names = tuple(tensors)
         self.layout, self.order, self._saved_as = layout, order, saved_as
 
+    @property
+    def offloaded(self) -> bool:
+        """True when its tensors are still on a disk or elsewhere, and come with each call."""
+        return any(t is not None and t.is_meta for t in (self._buffers[name] for name in self._stored_names))
+
     def prepare(self, dtype: torch.dtype) -> None:
         """Check the loaded tensors and let the backend turn them into what it computes from; frees what it replaces.
 
         Raises FormatError when scales are not finite or a symmetric layer's zero points are not constant.
         """
         stored = self.stored()
-        offloaded = any(t.is_meta for t in stored.tensors.values())
-        if not offloaded:
+        if not self.offloaded:
             _check(self.name, stored)
         if not self.backend.repacks:
             return
-        if offloaded:
-            raise BackendError(
-                f"layer {self.name!r} is offloaded, and backend {self.backend.name!r} repacks weights at loading; "
-                "load with AutoRoundConfig(backend='torch') or a device_map without offloaded buffers"
-            )
+        if self.offloaded:
+            raise BackendError(f"layer {self.name!r} is offloaded, so backend {self.backend.name!r} cannot repack it")
         self.prepared = self.backend.prepare(stored, dtype)
         self._home = stored.tensors[self._stored_names[0]].device
         for name in self._stored_names:

@@ -99,3 +99,32 @@ def choose(
         f"layer {layer!r} ({scheme.name}, {shape[0]} x {shape[1]}, {dtype} on {device}) cannot be run by backend "
         f"{spelling!r}. {'. '.join(reasons)}. AutoRoundConfig(backend='auto') tries all backends"
     )
+
+
+def choose_stored(
+    spelling: str, layer: str, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype
+) -> Backend[Any]:
+    """Return the best backend that `spelling` allows and that computes from stored tensors, for an offloaded layer.
+
+    Raises BackendError when `spelling` allows backends that repack only.
+    """
+    for backend in requested(spelling):
+        if not backend.repacks and backend.supports(scheme, shape, dtype, torch.device("cpu")) is None:
+            return backend
+    raise BackendError(
+        f"layer {layer!r} is offloaded, and backend {spelling!r} repacks weights at loading; load with "
+        "AutoRoundConfig(backend='auto' or 'torch') or a device_map without offloaded buffers"
+    )
+
+
+def better_installed(
+    chosen: Backend[Any], scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Return the command that installs the best backend above `chosen` that lacks nothing but software, or None."""
+    for backend in ranked():
+        if backend.rank <= chosen.rank:
+            return None
+        reason = backend.supports(scheme, shape, dtype, device)
+        if reason is not None and reason.install is not None:
+            return reason.install
+    return None

@@ -1,4 +1,4 @@
-"""Our compiled kernel for CPUs: 2, 3, 4 and 8 bits, any group size, both symmetries, any shape; see kernels/native.py."""
+"""Our compiled kernel for CPUs: 2, 3, 4 and 8 bits, any group size, symmetry and shape; see kernels/native.py."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Native:
             return reference_linear(x, prepared, bias)
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() and (x.requires_grad or bias is not None):
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (x.requires_grad or bias is not None)):
             return operator_linear(x, prepared, bias)
         return native_linear(x, prepared, bias)
 

@@ -27,13 +27,25 @@
 #define TOKEN_BLOCK 64
 #define INLINE static inline __attribute__((always_inline))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+#ifndef AHEAD
+#define AHEAD 4096
+#define HINT 3
+#define RUNS 4
+#endif
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 enum { PLAIN, AVX2, AVXVNNI, AVX512 };
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define X86 1
+#include <cpuid.h>
 #include <immintrin.h>
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#define VNNI_256 1
+#else
+#define VNNI_256 0
+#endif
 #endif
 
 /* The parallel region of the OpenMP runtime that torch has loaded, so that one pool of threads serves both. */
@@ -50,7 +62,7 @@ typedef struct {
     int8_t *digits;                               /* [token][plane][padded] */
     int32_t *sums;                                /* [token][plane][segment] */
     float *steps;                                 /* [token][segment] */
-    int64_t next_token, next_item;                /* claimed by threads */
+    int64_t next_token, next_item, run;           /* claimed by threads: a token, a run of tiles */
 } Job;
 
 INLINE int unit_of(int bits) { return bits == 3 ? 32 : 32 / bits; }
@@ -244,6 +256,7 @@ dot_avx2(const Segment *s, const int8_t *digits, const int32_t *sums, const floa
     }
 }
 
+#if VNNI_256
 INLINE TARGET_AVXVNNI void
 dot_avxvnni(const Segment *s, const int8_t *digits, const int32_t *sums, const float *step, float *total, const int planes) {
     for (int at = 0; at < TILE; at += 16) {
@@ -262,6 +275,7 @@ dot_avxvnni(const Segment *s, const int8_t *digits, const int32_t *sums, const f
         for (int h = 0; h < 2; h++) finish_256(s, acc[h], *step, total, at + 8 * h, planes);
     }
 }
+#endif
 
 /* `tokens` at once, each weight loaded once; a lone token has two chains of sums, or it would wait for its own results. */
 INLINE TARGET_AVX512 void
@@ -327,7 +341,9 @@ typedef void Dots(const Segment *, const int8_t *digits, const int32_t *sums, co
 DOTS(plain, , 1, 1, CALL_PLAIN)
 #ifdef X86
 DOTS(avx2, TARGET_AVX2, 1, 1, CALL_AVX2)
+#if VNNI_256
 DOTS(avxvnni, TARGET_AVXVNNI, 1, 1, CALL_AVXVNNI)
+#endif
 DOTS(avx512, TARGET_AVX512, 4, 3, CALL_AVX512)
 #endif
 
@@ -349,11 +365,13 @@ INLINE void multiply(const Job *job, int64_t tile, int64_t token, int64_t count,
             const int64_t inputs = padded_group(MIN(SEGMENT, end - i), bits);
             Segment s = {bits == 8 ? codes : unpacked, job->zeros ? job->zeros + scale_at : NULL, job->scales + scale_at,
                          inputs / 4, job->padded, job->segments, bits};
+            const int64_t bytes = inputs * TILE * bits / 8;
+            for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(codes + AHEAD + b, 0, HINT);
             if (bits != 8) unpack(codes, unpacked, inputs / 4, bits);
             dots(&s, job->digits + token * planes * job->padded + at, job->sums + token * planes * job->segments + segment,
                  job->steps + token * job->segments + segment, total, count, planes);
             segment++;
-            codes += inputs * TILE * bits / 8;
+            codes += bytes;
             at += inputs;
         }
     }
@@ -368,7 +386,12 @@ INLINE void fix_tokens(Job *job) {
 
 INLINE void multiply_tiles(Job *job, Dots *dots) {
     const int64_t tiles = (job->outputs + TILE - 1) / TILE, blocks = (job->tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
-    for (int64_t item; (item = __atomic_fetch_add(&job->next_item, 1, __ATOMIC_RELAXED)) < tiles * blocks;) {
+    for (int64_t item = 0, end = 0;; item++) {
+        if (item == end) {
+            item = __atomic_fetch_add(&job->next_item, job->run, __ATOMIC_RELAXED);
+            if (item >= tiles * blocks) return;
+            end = MIN(item + job->run, tiles * blocks);
+        }
         const int64_t tile = item % tiles, token = item / tiles * TOKEN_BLOCK, count = MIN(TOKEN_BLOCK, job->tokens - token);
         switch (job->bits) {
         case 2: multiply(job, tile, token, count, dots, 2); break;
@@ -385,7 +408,12 @@ INLINE void multiply_tiles(Job *job, Dots *dots) {
 PATH(plain, )
 #ifdef X86
 PATH(avx2, TARGET_AVX2)
+#if VNNI_256
 PATH(avxvnni, TARGET_AVXVNNI)
+#else
+#define fix_avxvnni fix_avx2
+#define run_avxvnni run_avx2
+#endif
 PATH(avx512, TARGET_AVX512)
 static void (*const FIX[])(void *) = {fix_plain, fix_avx2, fix_avxvnni, fix_avx512};
 static void (*const RUN[])(void *) = {run_plain, run_avx2, run_avxvnni, run_avx512};
@@ -403,14 +431,20 @@ static void in_threads(void (*run)(void *), Job *job, int threads) {
 
 int auto_round_abi(void) { return ABI; }
 
-/* The best path of this CPU; every smaller number runs too, but for 2 without AVX-VNNI. */
-int auto_round_isa(void) {
+/* The paths that this CPU can take: bit i for path i. */
+int auto_round_paths(void) {
+    int paths = 1 << PLAIN;
 #ifdef X86
+    unsigned a = 0, b, c, d;
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) return AVX512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        paths |= 1 << AVX2;
+        if (VNNI_256 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1) paths |= 1 << AVXVNNI;
+    }
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+        paths |= 1 << AVX512;
 #endif
-    return PLAIN;
+    return paths;
 }
 
 /* Returns 0, or 1 when there is no memory for the fixed-point activations. */
@@ -429,6 +463,7 @@ int auto_round_linear(const void *x, const uint8_t *codes, const uint16_t *scale
     if (!job.digits) return 1;
     job.sums = (int32_t *)(job.digits + digits);
     job.steps = (float *)(job.sums + rows * job.segments);
+    job.run = MAX(1, (outputs + TILE - 1) / TILE / threads / RUNS);
     in_threads(FIX[isa], &job, tokens > 1 ? threads : 1);
     in_threads(RUN[isa], &job, threads);
     free(job.digits);

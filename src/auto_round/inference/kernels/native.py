@@ -1,8 +1,9 @@
 """The compiled kernel of ``native.c``: found beside this file, called through ctypes, known to torch as an operator.
 
-It is built with the package where there is a C compiler. Activations become fixed point, with a step for every token and
-128 inputs: 13 bits and the sign for bfloat16 and float16, 20 for float32; beyond that only float32 sums are rounded. The
-relative error of a product is below 3e-4 and 2e-6, finer than the dtype of the result, whatever the instruction set.
+It is built with the package where there is a C compiler. Activations become fixed point, with a step for every token
+and 128 inputs: 13 bits and the sign for bfloat16 and float16, 20 for float32; beyond that only float32 sums are
+rounded. The relative error of a product is below 3e-4 and 4e-6, finer than the dtype of the result, whatever the
+instruction set.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ REINSTALL = "pip install --force-reinstall --no-cache-dir --no-deps auto-round"
 
 @dataclass(frozen=True)
 class Library:
-    """The loaded kernel and the best instruction set of this CPU, an index into INSTRUCTION_SETS."""
+    """The loaded kernel and the instruction sets of this CPU that it can use, indices into INSTRUCTION_SETS."""
 
     linear: Any
-    isa: int
+    isas: tuple[int, ...]
 
 
 @functools.cache
@@ -53,7 +54,8 @@ def library() -> Library | Reason:
         return Reason("the native kernel was built from another version", "build it anew", REINSTALL)
     function = loaded.auto_round_linear
     function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 4 + [ctypes.c_int] * 4
-    return Library(function, int(loaded.auto_round_isa()))
+    paths = int(loaded.auto_round_paths())
+    return Library(function, tuple(i for i in range(len(INSTRUCTION_SETS)) if paths >> i & 1))
 
 
 def native_linear(x: Tensor, tiles: Tiles, bias: Tensor | None, isa: int | None = None) -> Tensor:
@@ -80,7 +82,7 @@ def native_linear(x: Tensor, tiles: Tiles, bias: Tensor | None, isa: int | None 
         tiles.scheme.group_width(tiles.in_features),
         tiles.scheme.bits,
         DTYPES[x.dtype],
-        found.isa if isa is None else isa,
+        found.isas[-1] if isa is None else isa,
         threads,
     )
     if failed:
@@ -89,7 +91,7 @@ def native_linear(x: Tensor, tiles: Tiles, bias: Tensor | None, isa: int | None 
 
 
 def reference_linear(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
-    """The twin of `native_linear` in plain torch: dequantised in float32 (float64 for float64 inputs), differentiable."""
+    """The twin of `native_linear` in plain torch: dequantised in float32 or float64, differentiable."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight = tiles.qtensor().dequantize(dtype)
     return linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
@@ -111,9 +113,7 @@ def _tiles(
 
 
 @torch.library.impl(_OPERATOR, "cpu")
-def _run(
-    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, *numbers: int
-) -> Tensor:
+def _run(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, *numbers: int) -> Tensor:
     return native_linear(x, _tiles(codes, scales, zeros, *numbers), bias)
 
 
