@@ -173,8 +173,10 @@ def _gptq_packing(values: Mapping[str, Any]) -> str:
 
 
 def _head_bits(bits: Any) -> int | None:
-    if bits is None or bits in ALLOWED_BITS:
-        return bits
+    if bits is None:
+        return None
+    if bits in ALLOWED_BITS:
+        return int(bits)
     raise FormatError(f"lm_head_bits={bits!r} is not supported; use 8 or 4, or leave it out to keep the head as it is")
 
 

@@ -28,6 +28,15 @@
 #define INLINE static inline __attribute__((always_inline))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
+#ifndef STREAMS
+#define STREAMS 4
+#define AHEAD 0
+#endif
+#define PREFETCH(p) (AHEAD ? __builtin_prefetch(p) : (void)0)
+#define TOTALS MAX(TOKEN_BLOCK, 8 * STREAMS)
+#define INLINE static inline __attribute__((always_inline))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
 #ifndef AHEAD
 #define AHEAD 4096
 #define HINT 3
@@ -62,8 +71,10 @@ typedef struct {
     int8_t *digits;                               /* [token][plane][padded] */
     int32_t *sums;                                /* [token][plane][segment] */
     float *steps;                                 /* [token][segment] */
-    int64_t next_token, next_item, run;           /* claimed by threads: a token, a run of tiles */
+    int64_t bands, next_token, next_item;         /* threads claim a token, later a band of tiles */
 } Job;
+
+INLINE int64_t tiles_of(const Job *job) { return (job->outputs + TILE - 1) / TILE; }
 
 INLINE int unit_of(int bits) { return bits == 3 ? 32 : 32 / bits; }
 
@@ -347,35 +358,44 @@ DOTS(avxvnni, TARGET_AVXVNNI, 1, 1, CALL_AVXVNNI)
 DOTS(avx512, TARGET_AVX512, 4, 3, CALL_AVX512)
 #endif
 
-/* ---- one tile times at most TOKEN_BLOCK tokens ---- */
+/* ---- a band of tiles times at most TOKEN_BLOCK tokens ---- */
 
-INLINE void multiply(const Job *job, int64_t tile, int64_t token, int64_t count, Dots *dots, const int bits) {
+/* The tiles of a band take turns segment by segment, so that memory is read in several streams at once. */
+INLINE void multiply(const Job *job, int64_t first, int64_t last, int64_t token, int64_t count, Dots *dots, const int bits) {
     const int planes = job->planes;
     uint8_t unpacked[SEGMENT / 4 * VECTOR] __attribute__((aligned(64)));
-    float total[TOKEN_BLOCK * TILE] __attribute__((aligned(64)));
-    const uint8_t *codes = job->codes + tile * job->tile_bytes;
-    const int64_t row = tile * TILE, rows = MIN(TILE, job->outputs - row);
-    memset(total, 0, (size_t)count * TILE * 4);
-    if (job->bias)
-        for (int64_t t = 0; t < count; t++) load_floats(total + t * TILE, job->bias, row, rows, job->dtype);
-    int64_t at = 0, segment = 0;
+    float total[TOTALS * TILE] __attribute__((aligned(64))); /* [tile][token][32] */
+    memset(total, 0, (size_t)((last - first) * count) * TILE * 4);
+    int64_t at = 0, offset = 0, segment = token * job->segments;
+    const int8_t *digits = job->digits + token * planes * job->padded;
     for (int64_t group = 0; group < job->groups; group++) {
-        const int64_t scale_at = (tile * job->groups + group) * TILE, end = MIN((group + 1) * job->width, job->inputs);
-        for (int64_t i = group * job->width; i < end; i += SEGMENT) {
+        const int64_t end = MIN((group + 1) * job->width, job->inputs);
+        for (int64_t i = group * job->width; i < end; i += SEGMENT, segment++) {
             const int64_t inputs = padded_group(MIN(SEGMENT, end - i), bits);
-            Segment s = {bits == 8 ? codes : unpacked, job->zeros ? job->zeros + scale_at : NULL, job->scales + scale_at,
-                         inputs / 4, job->padded, job->segments, bits};
-            const int64_t bytes = inputs * TILE * bits / 8;
-            for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(codes + AHEAD + b, 0, HINT);
-            if (bits != 8) unpack(codes, unpacked, inputs / 4, bits);
-            dots(&s, job->digits + token * planes * job->padded + at, job->sums + token * planes * job->segments + segment,
-                 job->steps + token * job->segments + segment, total, count, planes);
-            segment++;
-            codes += bytes;
+            for (int64_t tile = first; tile < last; tile++) {
+                const int64_t scale_at = (tile * job->groups + group) * TILE, bytes = inputs * TILE * bits / 8;
+                const uint8_t *codes = job->codes + tile * job->tile_bytes + offset;
+                const Segment s = {bits == 8 ? codes : unpacked, job->zeros ? job->zeros + scale_at : NULL,
+                                   job->scales + scale_at, inputs / 4, job->padded, job->segments, bits};
+                for (int64_t b = 0; b < bytes; b += 64) PREFETCH(codes + AHEAD + b);
+                if (bits != 8) unpack(codes, unpacked, inputs / 4, bits);
+                dots(&s, digits + at, job->sums + segment + token * (planes - 1) * job->segments, job->steps + segment,
+                     total + (tile - first) * count * TILE, count, planes);
+            }
+            offset += inputs * TILE * bits / 8;
             at += inputs;
         }
     }
-    for (int64_t t = 0; t < count; t++) store_floats(job->y, (token + t) * job->outputs + row, total + t * TILE, rows, job->dtype);
+    for (int64_t tile = first; tile < last; tile++) {
+        const int64_t row = tile * TILE, rows = MIN(TILE, job->outputs - row);
+        float bias[TILE] = {0};
+        if (job->bias) load_floats(bias, job->bias, row, rows, job->dtype);
+        for (int64_t t = 0; t < count; t++) {
+            float *y = total + ((tile - first) * count + t) * TILE;
+            for (int r = 0; r < TILE; r++) y[r] += bias[r];
+            store_floats(job->y, (token + t) * job->outputs + row, y, rows, job->dtype);
+        }
+    }
 }
 
 /* ---- threads claim tokens, then tiles ---- */
@@ -384,27 +404,23 @@ INLINE void fix_tokens(Job *job) {
     for (int64_t t; (t = __atomic_fetch_add(&job->next_token, 1, __ATOMIC_RELAXED)) < job->tokens;) fix_token(job, t);
 }
 
-INLINE void multiply_tiles(Job *job, Dots *dots) {
-    const int64_t tiles = (job->outputs + TILE - 1) / TILE, blocks = (job->tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
-    for (int64_t item = 0, end = 0;; item++) {
-        if (item == end) {
-            item = __atomic_fetch_add(&job->next_item, job->run, __ATOMIC_RELAXED);
-            if (item >= tiles * blocks) return;
-            end = MIN(item + job->run, tiles * blocks);
-        }
-        const int64_t tile = item % tiles, token = item / tiles * TOKEN_BLOCK, count = MIN(TOKEN_BLOCK, job->tokens - token);
+INLINE void multiply_bands(Job *job, Dots *dots) {
+    const int64_t tiles = tiles_of(job), blocks = (job->tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
+    for (int64_t item; (item = __atomic_fetch_add(&job->next_item, 1, __ATOMIC_RELAXED)) < job->bands * blocks;) {
+        const int64_t band = item % job->bands, first = band * tiles / job->bands, last = (band + 1) * tiles / job->bands;
+        const int64_t token = item / job->bands * TOKEN_BLOCK, count = MIN(TOKEN_BLOCK, job->tokens - token);
         switch (job->bits) {
-        case 2: multiply(job, tile, token, count, dots, 2); break;
-        case 3: multiply(job, tile, token, count, dots, 3); break;
-        case 4: multiply(job, tile, token, count, dots, 4); break;
-        default: multiply(job, tile, token, count, dots, 8);
+        case 2: multiply(job, first, last, token, count, dots, 2); break;
+        case 3: multiply(job, first, last, token, count, dots, 3); break;
+        case 4: multiply(job, first, last, token, count, dots, 4); break;
+        default: multiply(job, first, last, token, count, dots, 8);
         }
     }
 }
 
 #define PATH(name, attribute) \
     static attribute void fix_##name(void *job) { fix_tokens(job); } \
-    static attribute void run_##name(void *job) { multiply_tiles(job, dots_##name); }
+    static attribute void run_##name(void *job) { multiply_bands(job, dots_##name); }
 PATH(plain, )
 #ifdef X86
 PATH(avx2, TARGET_AVX2)
@@ -463,7 +479,9 @@ int auto_round_linear(const void *x, const uint8_t *codes, const uint16_t *scale
     if (!job.digits) return 1;
     job.sums = (int32_t *)(job.digits + digits);
     job.steps = (float *)(job.sums + rows * job.segments);
-    job.run = MAX(1, (outputs + TILE - 1) / TILE / threads / RUNS);
+    /* Few tokens: bands of a few tiles, as many for each thread. Many: single tiles, their activations being the larger part. */
+    const int64_t tiles = tiles_of(&job), least = tokens > TOTALS / STREAMS ? tiles : (tiles + STREAMS - 1) / STREAMS;
+    job.bands = MIN(tiles, (least + threads - 1) / threads * threads);
     in_threads(FIX[isa], &job, tokens > 1 ? threads : 1);
     in_threads(RUN[isa], &job, threads);
     free(job.digits);

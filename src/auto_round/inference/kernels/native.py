@@ -117,7 +117,6 @@ def _run(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: T
     return native_linear(x, _tiles(codes, scales, zeros, *numbers), bias)
 
 
-@torch.library.register_fake(_OPERATOR)
 def _shape(
     x: Tensor,
     codes: Tensor,
@@ -130,6 +129,9 @@ def _shape(
     in_features: int,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+torch.library.register_fake(_OPERATOR, _shape)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

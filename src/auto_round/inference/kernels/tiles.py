@@ -113,7 +113,7 @@ def _unpack_units(codes: Tensor, bits: int) -> Tensor:
 
 def _overlay(values: Tensor, bits: int) -> Tensor:
     """(..., n, 128) -> (..., 128): value k in bits k * `bits` and up."""
-    packed = values[..., 0, :].clone()
+    packed: Tensor = values[..., 0, :].clone()
     for k in range(1, values.shape[-2]):
         packed |= values[..., k, :] << k * bits
     return packed
