@@ -26,6 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaPreTra
 from auto_round.errors import AutoRoundError, BackendError, FormatError, SourceError
 from auto_round.formats.config import LAYOUTS
 from auto_round.inference.qlinear import QLinear
+from auto_round.inference.select import choose
 from auto_round.load import dequantized_state_dict, load_qtensors
 from auto_round.qtensor import QTensor
 from auto_round.source.blocks import linears_in
@@ -404,7 +405,9 @@ def test_the_choice_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixt
     write_folder(tmp_path, tiny_llama())
     with caplog.at_level(logging.INFO, "auto_round"):
         opened(tmp_path)
-    assert [r.message for r in caplog.records] == ["14 layers W4A16G64 with torch_reference on cpu"]
+    best = choose("auto", "any", DEFAULT, (96, 96), torch.float32, torch.device("cpu")).name
+    assert len(caplog.records) == 1
+    assert caplog.records[0].message.startswith(f"14 layers W4A16G64 with {best} on cpu")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 #ifndef STREAMS
 #define STREAMS 4
-#define AHEAD 0
+#define AHEAD 2048
 #endif
 #define PREFETCH(p) (AHEAD ? __builtin_prefetch(p) : (void)0)
 #define TOTALS MAX(TOKEN_BLOCK, 8 * STREAMS)
@@ -38,7 +38,7 @@
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 #ifndef AHEAD
-#define AHEAD 4096
+#define AHEAD 2048
 #define HINT 3
 #define RUNS 4
 #endif
