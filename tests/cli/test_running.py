@@ -1,0 +1,68 @@
+"""generate, chat and backends on a tiny quantised folder."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from tests.cli.test_end_to_end import rounded
+
+from auto_round.cli.dispatch import dispatch
+
+
+@pytest.fixture(scope="module")
+def folder(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama in 4 bits."""
+    output = tmp_path_factory.mktemp("rounded") / "out"
+    assert rounded(llama_folder, output, "--quiet") == 0
+    return output
+
+
+def run(*words: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        dispatch("auto-round", "default", words)
+    return int(stop.value.code or 0)
+
+
+def test_generate_shows_the_text_and_its_speed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--prompt", "Once", "--max_new_tokens", "5", "--device", "cpu"]
+    assert run("generate", str(folder), *words) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("Once")
+    assert "4 tokens read at" in text
+    assert "written at" in text
+
+
+def test_generate_takes_backends_by_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--prompt", "a", "--max-new-tokens", "2", "--device", "cpu"]
+    assert run("generate", str(folder), *words, "--backend", "torch") == 0
+    assert run("generate", str(folder), *words, "--backend", "marlin") == 2
+    assert "'marlin' is not available" in capsys.readouterr().err
+    assert run("generate", str(folder / "nothing"), *words) == 2
+    assert "no config.json" in capsys.readouterr().err
+    assert run("generate", str(folder)) == 2
+
+
+def test_chat_answers_until_an_empty_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nand you\n\n"))
+    assert run("chat", str(folder), "--max_new_tokens", "3", "--device", "cpu") == 0
+    assert capsys.readouterr().out.count("written at") == 2
+
+
+def test_backends_lists_all_with_their_reasons(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("backends", "--device", "cpu", "--scheme", "W3A16G64_asym") == 0
+    text = capsys.readouterr().out
+    assert "W3A16G64 asym" in text
+    for name in ("native", "torch_reference", "marlin", "exllamav2", "triton"):
+        assert name in text
+
+
+@pytest.mark.parametrize("word", ["generate", "chat", "backends"])
+def test_help(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(word, "--help") == 0
+    text = capsys.readouterr().out
+    assert f"Usage: auto-round {word}" in text
+    assert "{" not in text
