@@ -30,8 +30,10 @@ CPU = torch.device("cpu")
 SCHEMES = [Scheme(bits, 32, sym) for bits in (2, 3, 4, 8) for sym in (True, False)]
 # (out, in, group size): several tiles and a short last group; one row; odd everything; groups cut in segments
 SHAPES = [(96, 576, 128), (1, 64, 32), (33, 100, 48), (70, 29, 7), (40, 1000, -1), (64, 600, 256)]
-# Of the relative error of a product: rounding of the result, and for floats a sum in another order.
-TOLERANCE = {torch.float32: 4e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3, torch.float64: 1e-12}
+# Of the relative error of a product. Half precision: weights and result may each be rounded to it.
+TOLERANCE = {torch.float32: 4e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float64: 1e-12}
+# The native kernel does not round weights: the result's rounding, and its own error beside that.
+NATIVE_TOLERANCE = {torch.float32: 4e-6, torch.float16: 6e-4, torch.bfloat16: 4.2e-3}
 
 built = pytest.mark.skipif(isinstance(native.library(), Reason), reason="no C compiler when the package was installed")
 
@@ -92,7 +94,7 @@ def test_every_instruction_set_gives_the_same(isa: int, dtype: torch.dtype) -> N
             for tokens in (1, 4, 11):
                 x = torch.randn(tokens, in_features, generator=torch.Generator().manual_seed(4)).to(dtype)
                 y = native.native_linear(x, Tiles.of(tensor), None, isa)
-                assert relative_error(y, x.double(), tensor.dequantize(torch.float64)) < TOLERANCE[dtype]
+                assert relative_error(y, x.double(), tensor.dequantize(torch.float64)) < NATIVE_TOLERANCE[dtype]
 
 
 @built

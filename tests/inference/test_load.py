@@ -140,7 +140,7 @@ def test_logits_are_those_of_the_dequantised_weights(
     write_folder(tmp_path, dense, Scheme(bits, group_size, sym), packing)
     model = assert_same(tmp_path, dense)
     assert sum(isinstance(m, QLinear) for m in model.modules()) == 7
-    assert model.model.layers[0].mlp.down_proj.qweight.dtype is torch.int32
+    assert model.model.layers[0].mlp.down_proj.stored().tensors["qweight"].dtype is torch.int32
 
 
 @pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
@@ -184,7 +184,7 @@ def test_half_precision_follows_the_dense_model(tmp_path: Path, dtype: torch.dty
     dense = tiny_llama(num_hidden_layers=1)
     write_folder(tmp_path, dense, Scheme(3, 64, sym=False), RAW)
     model = opened(tmp_path, dtype)
-    assert model.model.layers[0].mlp.up_proj.scales.dtype is torch.float16
+    assert model.model.layers[0].mlp.up_proj.stored().tensors["scales"].dtype is torch.float16
     assert logits(model).dtype is dtype
     torch.testing.assert_close(logits(model), logits(dense.to(dtype)), atol=2e-2, rtol=2e-2)
 
