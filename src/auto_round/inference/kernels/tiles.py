@@ -126,7 +126,8 @@ def _spread(packed: Tensor, bits: int, count: int) -> Tensor:
 
 def _tile_rows(values: Tensor) -> Tensor:
     """(out, groups) -> (tiles, groups, 32)."""
-    return pad(values, (0, 0, 0, -values.shape[0] % TILE)).unflatten(0, (-1, TILE)).transpose(1, 2).contiguous()
+    tiled: Tensor = pad(values, (0, 0, 0, -values.shape[0] % TILE)).unflatten(0, (-1, TILE))
+    return tiled.transpose(1, 2).contiguous()
 
 
 def _untile_rows(values: Tensor, out_features: int) -> Tensor:

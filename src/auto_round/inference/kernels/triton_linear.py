@@ -51,7 +51,7 @@ class Words:
         return QTensor(codes, self.scales.t().contiguous(), zeros, self.scheme)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _weights(words, scales, zeros, k, n, inputs, outputs, width, bits: tl.constexpr, sym: tl.constexpr):  # type: ignore[no-untyped-def]
     """Inputs k (a,) and outputs n (b,) -> float32 weights (a, b), zero outside."""
     inside = (k < inputs)[:, None] & (n < outputs)[None, :]
@@ -72,7 +72,7 @@ def _weights(words, scales, zeros, k, n, inputs, outputs, width, bits: tl.conste
     return value * tl.load(scales + group, mask=inside, other=0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _few(  # type: ignore[no-untyped-def]
     x,
     words,
@@ -99,7 +99,7 @@ def _few(  # type: ignore[no-untyped-def]
     tl.store(y + token * outputs + n, total.to(y.dtype.element_ty), mask=n < outputs)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _many(  # type: ignore[no-untyped-def]
     x, words, scales, zeros, y, tokens, inputs, outputs, width,
     bits: tl.constexpr, sym: tl.constexpr, bm: tl.constexpr, bk: tl.constexpr, bn: tl.constexpr,
