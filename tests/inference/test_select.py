@@ -65,9 +65,7 @@ def test_explain_lists_every_backend_with_its_reason(two: Picky) -> None:
     assert reasons["torch_reference"] is None
 
 
-@pytest.mark.parametrize(
-    "spelling", ["marlin", "tritonv2", "auto_round:tritonv2_zp", "gptqmodel:exllamav2", "auto_gptq:cuda"]
-)
+@pytest.mark.parametrize("spelling", ["marlin", "exllamav2", "gptqmodel:exllamav2", "auto_gptq:cuda"])
 def test_families_of_other_readers_say_why_they_are_not_here(spelling: str) -> None:
     with pytest.raises(BackendError, match=rf"'{spelling}' is not available: it needs .*torch_reference"):
         select.requested(spelling)

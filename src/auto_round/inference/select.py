@@ -31,8 +31,6 @@ ELSEWHERE = {
     "marlin": "CUDA kernels for 4 and 8 bits",
     "exllama": "CUDA kernels for 4 bits",
     "exllamav2": "CUDA kernels for 4 bits",
-    "triton": "Triton kernels",
-    "tritonv2": "Triton kernels",
     "humming": "CUDA kernels of the package humming",
     "mlx": "the package mlx on Apple hardware",
     "hpu": "a Gaudi accelerator",
