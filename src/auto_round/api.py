@@ -148,13 +148,15 @@ class AutoRound:
         format: str | Sequence[str] = "auto_round",
         *,
         max_shard_size: str | int = "5GB",
+        enable_check: bool = True,
+        max_kl: float = 2.0,
     ) -> Forecast:
         """Foresee what `quantize_and_save` would do, in seconds and without writing anything.
 
         Every layer's scheme and why, exact bytes of every format, memory, disk, time, who can open the result, and
         problems. Raises what `quantize_and_save` would raise before its work begins.
         """
-        saving = _saving(format, max_shard_size, False, None)
+        saving = _saving(format, max_shard_size, False, max_kl if enable_check else None)
         return foresee(self._job, saving, Path(output_dir).expanduser().absolute())
 
     def save_quantized(

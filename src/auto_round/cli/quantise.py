@@ -22,7 +22,7 @@ from auto_round.spec.presets import RECIPES
 from auto_round.spec.scheme import Scheme
 
 SAVING = ("output_dir", "format", "max_shard_size", "overwrite", "enable_check", "max_kl")
-FORESEEING = ("output_dir", "format", "max_shard_size")
+FORESEEING = ("output_dir", "format", "max_shard_size", "enable_check", "max_kl")
 SHOWING = ("model_alone", "dry_run", "json", "quiet", "version")
 
 # The defaults of the API's own keywords, so that --help need not import torch; a test holds them to its signatures.

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from auto_round.formats.base import Format
+from auto_round.pipeline.gate import gate_bytes
 from auto_round.pipeline.job import Prepared, Saving
 from auto_round.pipeline.needs import Needs, budget_bytes, needs, too_much
 from auto_round.pipeline.runtimes import fused_conflicts, readers
@@ -31,6 +32,7 @@ def forecast(prepared: Prepared, saving: Saving, target: Path, seqlen: int) -> F
     samples = job.recipe.nsamples if calibrated else 0
     wanted = needs(prepared, samples, seqlen)
     problems = [sentence] if (sentence := too_much(wanted, job)) else []
+    checking = gate_bytes(prepared, samples, seqlen) if saving.max_kl is not None else None
     formats = tuple(_format(prepared, saving, output) for output in saving.formats)
     journal = plan.codes_bytes()
     disk = journal + sum(entry.bytes for entry in formats) + (wanted.activation_bytes if wanted.on_disk else 0)
@@ -50,7 +52,7 @@ def forecast(prepared: Prepared, saving: Saving, target: Path, seqlen: int) -> F
         journal_bytes=journal,
         disk_bytes=disk,
         disk_free_bytes=free,
-        memory=wanted.memory,
+        memory={**wanted.memory, **({"checking": checking} if checking else {})},
         device_memory=None if job.device.type == "cpu" else wanted.memory.get("tuning"),
         memory_free_bytes=budget_bytes(job),
         activations="on disk" if wanted.on_disk else "in memory",

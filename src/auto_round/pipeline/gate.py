@@ -24,17 +24,15 @@ from auto_round.calibrate.walker import Walk, outside_blocks, walk
 from auto_round.errors import CheckError, SpecError
 from auto_round.evaluate.metrics import Tally, evaluate_tokens, greedy, held_out_text, tally
 from auto_round.pipeline.job import Prepared, Quantised
-from auto_round.pipeline.needs import budget_bytes, checking_bytes
+from auto_round.pipeline.needs import budget_bytes, checking_bytes, opening_bytes
 from auto_round.runtime.device import release_cached
 from auto_round.runtime.events import Listener
-from auto_round.runtime.memory import resident_bytes
 
 SAMPLES = 2  # of the calibration set, and as many of text it does not have
 SEQLEN = 128  # tokens
 SENTENCE_TOKENS = 16
 PROMPT = "The most important thing to know about"
 DIGITS = 4  # significant ones in the record: the last bits of a sum may differ from machine to machine
-LOADED_SHARE = 1.5  # memory of an opened model over its files: weights as they are read, and as a kernel wants them
 BLAMED = 3  # blocks named when a result is bad
 
 
@@ -88,7 +86,7 @@ def check(result: Quantised, folders: Sequence[tuple[str, Path]], listener: List
     findings = [_finding("block by block", found)]
     notes = []
     for name, folder in folders:
-        reason = _why_not_opened(folder, budget)
+        reason = _why_not_opened(folder, opening_bytes(result.prepared, tokens.numel()), budget)
         if reason is None:
             findings.append(_opened(name, folder, result, tokens, reference))
         else:
@@ -98,6 +96,20 @@ def check(result: Quantised, folders: Sequence[tuple[str, Path]], listener: List
     for finding in findings:
         listener.note(_line(finding))
     return Verdict(tuple(findings), tuple(errors), tuple(notes))
+
+
+def gate_bytes(prepared: Prepared, samples: int, seqlen: int) -> int | None:
+    """Peak memory of `check`, without parts that will be left out for lack of memory; None if all will be.
+
+    samples, seqlen: of the calibration set, 0 samples when there is none.
+    """
+    other = SAMPLES if prepared.source.tokenizer is not None else 0
+    positions = (min(SAMPLES, samples) + other) * (min(SEQLEN, seqlen) if samples else SEQLEN)
+    codes, opened = checking_bytes(prepared, positions), opening_bytes(prepared, positions)
+    budget = budget_bytes(prepared.job)
+    if not positions or codes > budget:
+        return None
+    return max(codes, opened) if opened <= budget else codes
 
 
 def judge(verdict: Verdict, largest: float, blocks: Sequence[str], folder: Path) -> None:
@@ -204,13 +216,12 @@ def _opened(name: str, folder: Path, result: Quantised, tokens: Tensor, referenc
     return replace(found, sentence=sentence)
 
 
-def _why_not_opened(folder: Path, budget: int) -> str | None:
+def _why_not_opened(folder: Path, needed: int, budget: int) -> str | None:
     """Why transformers is not asked to open a folder, or None."""
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"quantization_config": {}}
     if config.get("quantization_config", {"quant_method": "auto-round"}).get("quant_method") != "auto-round":
         return "its reader is another package's; every layer was read back here"
-    needed = resident_bytes() + int(LOADED_SHARE * sum(file.stat().st_size for file in folder.glob("*.safetensors")))
     if needed > budget:
         return f"it needs about {needed / 1e9:.1f} GB of memory, {budget / 1e9:.1f} GB may be used"
     return None

@@ -13,11 +13,13 @@ from auto_round.runtime.memory import available_bytes, resident_bytes
 from auto_round.source.checkpoint import DTYPES
 from auto_round.tune.alone import ELEMENTS
 
-# Resident memory a process reaches by the time it tunes, over what it has when it plans: the linear algebra library's
-# buffers, compiled kernels, the allocator's slack. Measured.
-OVERHEAD = 150_000_000
-# float32 tensors of the size of one slice of a weight that are alive at once while it is rounded alone. Measured.
+# The three below fit what was measured on SmolLM2-135M and an 8B Llama (docs/safety.md has the figures).
+# Resident memory a process reaches over what it has when it plans: the linear algebra library's buffers, the slack of
+# the allocator.
+OVERHEAD = 60_000_000
+# float32 tensors of the size of one slice of a weight that are alive at once while it is rounded alone.
 ALONE_COPIES = 10
+LINEAR_COPIES = 2  # inputs and outputs of Linears in a backward pass: what was saved, and its gradient
 HIDDEN_COPIES = 10  # float32 hidden states that a block's norms and sums keep for its backward pass
 
 
@@ -98,6 +100,15 @@ def checking_bytes(prepared: Prepared, positions: int) -> int:
     return resident_bytes() + OVERHEAD + max(behind, outside, block)
 
 
+def opening_bytes(prepared: Prepared, positions: int) -> int:
+    """Peak memory of opening the result through transformers, beside the original's logits: as much as in floats, since
+    a backend may unpack all weights."""
+    model = prepared.skeleton.model
+    vocabulary: int = model.get_input_embeddings().weight.shape[0]
+    weights: int = sum(p.numel() for p in model.parameters()) * prepared.job.dtype.itemsize
+    return resident_bytes() + OVERHEAD + weights + 3 * positions * vocabulary * prepared.job.dtype.itemsize
+
+
 def fewer(samples: int) -> int:
     """The largest number below `samples` that divides it, so that steps stay of one size."""
     return next(count for count in range(samples // 2, 0, -1) if samples % count == 0)
@@ -144,7 +155,7 @@ def _needs(prepared: Prepared, samples: int, seqlen: int, micro: int, *, on_disk
     copied = max((entry.nbytes for entry in prepared.source.checkpoint.entries.values()), default=0)
     memory = {"saving": base + copied + 4 * sizes.largest_weight}
     if samples:
-        per_token = sizes.features * width + HIDDEN_COPIES * hidden * 4
+        per_token = LINEAR_COPIES * sizes.features * width + HIDDEN_COPIES * hidden * 4
         moments = 4 * sizes.moments + 12 * sizes.largest_moment if job.recipe.start == "compensated" else 0
         # Held while a block is tuned: it and its exact weights; W and V in float32; gradients; codes kept and tried.
         block = sizes.parameters * width + sizes.stored_bytes + 8 * sizes.weights + 2 * sizes.weights
@@ -152,7 +163,9 @@ def _needs(prepared: Prepared, samples: int, seqlen: int, micro: int, *, on_disk
         memory["loading"] = base + outside + copied + kept
         memory["tuning"] = base + kept + block + max(steps, moments)
     else:
-        rounding = sizes.weights * 2 + 2 * sizes.largest_weight * 4 + ALONE_COPIES * 4 * ELEMENTS
+        rounding = (
+            sizes.weights * 2 + 2 * sizes.largest_weight * 4 + ALONE_COPIES * 4 * min(ELEMENTS, sizes.largest_weight)
+        )
         memory["rounding"] = base + rounding
     return Needs(memory, micro, on_disk, activations)
 

@@ -109,8 +109,8 @@ def forecast_table(forecast: Forecast) -> Group:
 def _layer_table(forecast: Forecast) -> Table:
     """Layers that share shape, scheme and reason in one row."""
     table = Table(title=f"\n{forecast.model}", title_justify="left")
-    for heading in ("layers", "shape", "scheme", "bits per weight", "why", "such as"):
-        table.add_column(heading, justify="right" if heading in ("layers", "bits per weight") else "left")
+    for heading in ("layers", "shape", "scheme", "bits", "why", "such as"):
+        table.add_column(heading, justify="right" if heading in ("layers", "bits") else "left", overflow="fold")
     kinds: dict[ForecastLayer, list[str]] = {}
     for layer in forecast.layers:
         kinds.setdefault(dataclasses.replace(layer, name=""), []).append(layer.name)
