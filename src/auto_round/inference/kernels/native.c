@@ -137,13 +137,15 @@ INLINE void fix_segment(const Job *job, const float *x, int64_t count, int64_t p
     const int usable = most < 0x7f800000u && largest > 0x1p-100f;
     const float inverse = usable ? limit / largest : 0;
     int32_t v[SEGMENT];
-    for (int64_t i = 0; i < count; i++) v[i] = usable ? (int32_t)(x[i] * inverse + copysignf(0.5f, x[i])) : 0;
+    /* Adding 1.5 * 2^23 rounds to nearest and leaves the integer in the low bits. */
+    for (int64_t i = 0; i < count; i++) v[i] = usable ? (int32_t)(float_bits(x[i] * inverse + 0x1.8p23f) - 0x4b400000u) : 0;
     for (int64_t i = count; i < padded; i++) v[i] = 0;
     for (int p = planes - 1; p >= 0; p--) {
+        int8_t *restrict to = digits + p * job->padded; /* what is stored must not seem to change `job` */
         int32_t sum = 0;
         for (int64_t i = 0; i < padded; i++) {
-            int32_t rest = p ? (v[i] + 64) >> 7 : 0, digit = v[i] - rest * 128;
-            digits[p * job->padded + i] = (int8_t)digit;
+            const int32_t rest = p ? (v[i] + 64) >> 7 : 0, digit = v[i] - rest * 128;
+            to[i] = (int8_t)digit;
             sum += digit;
             v[i] = rest;
         }
