@@ -18,7 +18,7 @@ LAYERS = [
     {"source"},
     {"calibrate", "tune", "formats", "inference"},
     {"evaluate", "report"},
-    {"pipeline", "load"},
+    {"pipeline", "load", "conversion"},
     {"api"},
     {"cli"},
 ]

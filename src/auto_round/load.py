@@ -22,7 +22,7 @@ from auto_round.errors import BackendError, FormatError
 from auto_round.formats import open_coded
 from auto_round.formats.auto_round import settings
 from auto_round.formats.config import GPTQ_V1, INDEXED, LAYOUTS, RAW, CheckpointConfig
-from auto_round.formats.folder import INDEX
+from auto_round.formats.folder import INDEX, block_lists
 from auto_round.formats.layouts import GPTQ_RAW
 from auto_round.inference.head import round_head
 from auto_round.inference.qlinear import QLinear
@@ -148,7 +148,7 @@ def _say_how_it_is_saved(model: nn.Module, layers: Mapping[str, QLinear], config
     schemes = {**dict.fromkeys(linears), **{name: layer.scheme for name, layer in layers.items()}}
     packing = "auto_round:gptq" if config.act_order and config.packing == GPTQ_V1 else config.packing
     packing = "auto_round:gptqmodel" if config.act_order and config.packing == RAW else packing
-    given.update(settings(packing, config.scheme, schemes, config.blocks or find_block_lists(model)))
+    given.update(settings(packing, config.scheme, schemes, config.blocks or block_lists(list(layers))))
     given.update({"desc_act": True} if config.act_order else {})
 
 

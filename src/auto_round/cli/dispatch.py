@@ -8,7 +8,9 @@ from typing import Any
 
 import typer
 
+from auto_round.cli.convert import CONVERT_LESSON, convert
 from auto_round.cli.demo import DEMO_LESSON, demo
+from auto_round.cli.inspect import INSPECT_LESSON, inspect
 from auto_round.cli.quantise import lesson_for, quantise
 from auto_round.cli.running import BACKENDS_LESSON, CHAT_LESSON, GENERATE_LESSON, backends, chat, generate
 from auto_round.cli.teach import Invocation, Lesson, TeachingCommand
@@ -33,6 +35,8 @@ class Subcommand:
 
 # One row a command. Whatever does not begin with one of these words goes to `quantise`.
 SUBCOMMANDS = {
+    "convert": Subcommand(convert, CONVERT_LESSON),
+    "inspect": Subcommand(inspect, INSPECT_LESSON),
     "demo": Subcommand(demo, DEMO_LESSON),
     "generate": Subcommand(generate, GENERATE_LESSON),
     "chat": Subcommand(chat, CHAT_LESSON),

@@ -339,3 +339,38 @@ def _print_version(wanted: bool | None) -> None:
 Version = Annotated[
     bool | None, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
 ]
+
+ConvertSource = Annotated[str, typer.Argument(metavar="SOURCE", show_default=False)]
+ConvertOutput = Annotated[str, typer.Argument(metavar="FOLDER", show_default=False)]
+ConvertFormat = Annotated[
+    str,
+    _flag(
+        "Output",
+        "--format",
+        "What to write, by name: auto_round, auto_gptq, gptq_v2, auto_awq, llm_compressor or fake.",
+        "NAME",
+    ),
+]
+Requantize = Annotated[
+    bool,
+    _flag(
+        "Output",
+        "--requantize",
+        "Round layers again that the format cannot hold as they are, and say how much is lost (default off: an error).",
+    ),
+]
+ConvertScheme = Annotated[
+    str | None,
+    _flag(
+        "Output",
+        "--scheme",
+        "With --requantize: the scheme to round to (default: of at least as many bits, the nearest that fits).",
+        "NAME",
+    ),
+]
+InspectPath = Annotated[str, typer.Argument(metavar="FOLDER", show_default=False)]
+Layers = Annotated[bool, _flag("Output", "--layers", "A row for every layer (default off: one for those alike).")]
+Check = Annotated[bool, _flag("Output", "--check/--no-check", "Read every tensor, not only the headers (default on).")]
+JsonInspection = Annotated[
+    bool | None, _flag("Output", "--json", "Print everything as JSON instead of a table (default off); for scripts.")
+]

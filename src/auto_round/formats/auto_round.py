@@ -77,6 +77,7 @@ class AutoRoundFormat:
     """Writer and reader of the format."""
 
     name = "auto_round"
+    holds_act_order = False
 
     def refuse(self, shape: LinearShape, scheme: Scheme) -> str | None:
         """The GPTQ layouts hold every scheme as long as both dimensions are multiples of 32."""
@@ -107,9 +108,8 @@ class AutoRoundFormat:
         given = read_settings(folder)[1]
         config = CheckpointConfig.parse(given)
         detail = f"packing {given.get('packing_format') or given.get('backend') or config.packing}"
-        return open_folder(
-            folder, format=self.name, detail=detail, layout=config.layout, rules=config, blocks=config.blocks
-        )
+        layout = config.layout if config.act_order else LAYOUTS[config.packing]
+        return open_folder(folder, format=self.name, detail=detail, layout=layout, rules=config, blocks=config.blocks)
 
 
 FORMAT = AutoRoundFormat()

@@ -26,6 +26,7 @@ class AwqFormat:
     """Writer and reader of the format."""
 
     name = "auto_awq"
+    holds_act_order = False
 
     def refuse(self, shape: LinearShape, scheme: Scheme) -> str | None:
         """4 bits, groups that divide the inputs, dimensions that are multiples of 32."""

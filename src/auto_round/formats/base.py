@@ -81,9 +81,10 @@ class CodedModel:
 
 
 class Format(Protocol):
-    """One format. `name` is what users type."""
+    """One format. `name` is what users type; holds_act_order: its codes may have a g_idx."""
 
     name: str
+    holds_act_order: bool
 
     def refuse(self, shape: LinearShape, scheme: Scheme) -> str | None:
         """Say why the format cannot hold such a layer, or None. Asked before any work."""

@@ -26,6 +26,7 @@ class FakeFormat:
     """Writer of the format. There is nothing to open: what it writes is not quantised."""
 
     name = "fake"
+    holds_act_order = True
 
     def refuse(self, shape: LinearShape, scheme: Scheme) -> str | None:
         """Floats hold every scheme."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from auto_round.formats.base import CodedModel, Export
-from auto_round.formats.config import GPTQ_V1, RAW, CheckpointConfig
+from auto_round.formats.config import GPTQ_V1, LAYOUTS, RAW, CheckpointConfig
 from auto_round.formats.folder import folder_sizes, method_of, open_folder, prove_codes, read_settings, write_folder
 from auto_round.formats.layouts import GPTQ_RAW_INDEXED, GPTQ_V1_INDEXED
 from auto_round.spec.plan import LayerPlan, LinearShape, Plan
@@ -28,6 +28,8 @@ PACKINGS = {"auto_gptq": GPTQ_V1, "gptq_v2": RAW}
 
 class GptqFormat:
     """Writer and reader of one of the two versions."""
+
+    holds_act_order = True
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -90,7 +92,7 @@ class GptqFormat:
     def _open(self, folder: Path) -> CodedModel:
         config = CheckpointConfig.parse(read_settings(folder)[1])
         detail = f"checkpoint_format {CHECKPOINT_FORMATS[self.name]}{', act-order' if config.act_order else ''}"
-        layout = self._layout if config.act_order else config.layout
+        layout = self._layout if config.act_order else LAYOUTS[config.packing]
         return open_folder(folder, format=self.name, detail=detail, layout=layout, rules=config, blocks=config.blocks)
 
 

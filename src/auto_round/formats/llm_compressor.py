@@ -86,6 +86,7 @@ class CompressedFormat:
     """Writer and reader of the format; neither needs the package compressed-tensors."""
 
     name = "llm_compressor"
+    holds_act_order = False
 
     def refuse(self, shape: LinearShape, scheme: Scheme) -> str | None:
         """4 or 8 bits, and groups that divide the inputs."""

@@ -1,0 +1,222 @@
+"""Converting a quantised model from one format to another: read and write, exact or refused.
+
+Codes, scales and zero points are carried over as they are. Where the target cannot hold them, the reason and the
+nearest format that can are named; with `requantize` those layers are dequantised and rounded again, and the loss told.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from auto_round.errors import FormatError, OutputError
+from auto_round.formats import FORMATS, open_coded
+from auto_round.formats.base import CodedModel, Export, Format
+from auto_round.formats.planning import plan_of, provenance_of
+from auto_round.formats.shards import parse_size
+from auto_round.runtime.journal import Journal
+from auto_round.spec.plan import LayerPlan, LinearShape, Plan
+from auto_round.spec.scheme import ALLOWED_BITS, Scheme
+from auto_round.tune.alone import quantise_alone
+
+GROUP_SIZES = (128, 64, 32, -1)  # tried for a layer that is rounded again, after its own
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One layer that was rounded again: its kinds before and after, and |W' - W| / |W| in Frobenius norms."""
+
+    layer: str
+    before: str
+    after: str
+    error: float
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did. layers: how many were carried over exactly or rounded again; losses: the latter."""
+
+    source: str
+    source_format: str
+    folder: str
+    format: str
+    layers: int
+    losses: tuple[Loss, ...]
+
+    @property
+    def error(self) -> float:
+        """Root mean square of the losses over all layers; 0 for an exact conversion."""
+        return (sum(loss.error**2 for loss in self.losses) / self.layers) ** 0.5 if self.layers else 0.0
+
+
+def convert(
+    source: str | Path,
+    output_dir: str | Path,
+    format: str,
+    *,
+    requantize: bool = False,
+    scheme: str | Scheme | None = None,
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Conversion:
+    """Write the quantised model `source` (a folder or a file of any format that is read here) as `format`.
+
+    requantize: round layers again that the format cannot hold as they are; scheme: to what, by default to the nearest
+    scheme of at least as many bits that it holds. The folder appears whole or not at all, every layer read back from
+    it. Raises SourceError when the source cannot be read, FormatError when the conversion would not be exact, and
+    OutputError when the folder is not empty and `overwrite` is not set.
+
+    >>> from auto_round.conversion import convert
+    >>> convert("./tmp_autoround", "./tmp_gptq", "auto_gptq")  # doctest: +SKIP
+    """
+    target, folder = FORMATS[format], _free(output_dir, overwrite)
+    wanted = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+    if wanted is not None and not requantize:
+        raise FormatError(f"a scheme ({wanted.name}) is only for layers that are rounded again: pass --requantize too")
+    size = parse_size(max_shard_size)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        model = open_coded(source, Path(scratch))
+        tell(f"{source}: {model.format} ({model.detail}), {len(model.layers)} layers")
+        plan = plan_of(model)
+        schemes = _schemes_to_round(model, plan, target, requantize, wanted)
+        rounded = Journal(Path(scratch) / "rounded")
+        losses = tuple(_round(model, name, scheme, rounded) for name, scheme in schemes.items())
+        export = _export(model, _replanned(plan, schemes), schemes, rounded)
+        staging = Path(scratch) / "output"
+        staging.mkdir()
+        target.write(export, staging, size)
+        tell("every layer is read back")
+        target.prove(export, staging)
+        if folder.exists():
+            shutil.rmtree(folder)
+        staging.rename(folder)
+    return Conversion(str(source), model.format, str(folder), format, len(model.layers), losses)
+
+
+def _free(output_dir: str | Path, overwrite: bool) -> Path:
+    folder = Path(output_dir).expanduser().absolute()
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: is a file; choose another folder")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise OutputError(f"{folder}: is not empty; choose another folder, or pass overwrite (--overwrite)")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder.parent}: cannot be created: {error.strerror}") from None
+    return folder
+
+
+def obstacles(model: CodedModel, plan: Plan, target: Format) -> dict[str, str]:
+    """Layers that `target` cannot hold as they are, and why."""
+    found = {}
+    for layer in plan.quantised.values():
+        assert layer.scheme is not None
+        reason = target.refuse(LinearShape(layer.name, layer.out_features, layer.in_features), layer.scheme)
+        if reason is None and model.layers[layer.name].act_order and not target.holds_act_order:
+            reason = f"inputs of a group are not neighbours (act-order), and {target.name} has no g_idx"
+        if reason is not None:
+            found[layer.name] = reason
+    return found
+
+
+def exact_targets(model: CodedModel, plan: Plan) -> list[str]:
+    """Formats that hold the model as it is, in the registry's order, which begins with what most software reads."""
+    return [name for name in FORMATS if _holds(model, plan, FORMATS[name])]
+
+
+def _holds(model: CodedModel, plan: Plan, target: Format) -> bool:
+    return _holds_plan(plan, target) and not obstacles(model, plan, target)
+
+
+def _holds_plan(plan: Plan, target: Format) -> bool:
+    try:
+        target.check(plan)
+    except FormatError:
+        return False
+    return True
+
+
+def _schemes_to_round(
+    model: CodedModel, plan: Plan, target: Format, requantize: bool, wanted: Scheme | None
+) -> dict[str, Scheme]:
+    """The layers to round again and their new schemes; raises FormatError when there are any and none may be."""
+    found = obstacles(model, plan, target)
+    if not requantize:
+        if not found:
+            target.check(plan)
+            return {}
+        name, reason = next(iter(found.items()))
+        nearest = next((n for n in exact_targets(model, plan) if n != "fake"), None)
+        way_out = f"--format {nearest} is exact" if nearest else "only --format fake (floats) is exact"
+        raise FormatError(
+            f"{model.path}: {target.name} cannot hold {len(found)} of {len(model.layers)} layers as they are, such as "
+            f"{name!r}: {reason}. {way_out}; --requantize rounds those layers again and says how much is lost"
+        )
+    chosen = {name: wanted or _nearest(plan.quantised[name], target) for name in found}
+    if wanted is None and _holds_plan(_replanned(plan, chosen), target):
+        return chosen
+    common = wanted or _replanned(plan, chosen).scheme
+    chosen |= {name: common for name, layer in plan.quantised.items() if layer.scheme != common}
+    target.check(_replanned(plan, chosen))
+    return chosen
+
+
+def _nearest(layer: LayerPlan, target: Format) -> Scheme:
+    """The first scheme of at least the layer's bits, groups nearest in size, that the target holds."""
+    own = layer.scheme
+    assert own is not None
+    shape = LinearShape(layer.name, layer.out_features, layer.in_features)
+    for bits in (b for b in ALLOWED_BITS if b >= own.bits):
+        for group_size in dict.fromkeys((own.group_size, *GROUP_SIZES)):
+            candidate = Scheme(bits, group_size, own.sym)
+            if target.refuse(shape, candidate) is None:
+                return candidate
+    raise FormatError(
+        f"layer {layer.name!r} ({own.name}): {target.name} holds no scheme of {own.bits} or more bits for it; name one "
+        "with --scheme"
+    )
+
+
+def _replanned(plan: Plan, schemes: Mapping[str, Scheme]) -> Plan:
+    """The plan with the `schemes` of layers that are rounded again."""
+
+    def changed(layer: LayerPlan) -> LayerPlan:
+        own = schemes.get(layer.name)
+        return layer if own is None else dataclasses.replace(layer, scheme=own, reason="rounded again")
+
+    layers = tuple(changed(layer) for layer in plan.layers)
+    counts = Counter(layer.scheme for layer in layers if layer.scheme is not None)
+    return Plan(counts.most_common(1)[0][0], layers, plan.block_lists)
+
+
+def _round(model: CodedModel, name: str, scheme: Scheme, rounded: Journal) -> Loss:
+    """Round one layer again, keep its codes in `rounded` and measure the loss."""
+    weight = model.weight(name)
+    tensor = quantise_alone(weight, scheme, "search", None, torch.device("cpu"))
+    rounded.put(name, {name: tensor})
+    error = float((tensor.dequantize() - weight).norm() / weight.norm().clamp(min=1e-30))
+    return Loss(name, model.layers[name].kind, scheme.name, error)
+
+
+def _export(model: CodedModel, plan: Plan, again: Collection[str], rounded: Journal) -> Export:
+    """What the writer takes; the layers `again` come from `rounded`."""
+    return Export(
+        checkpoint=model.checkpoint,
+        config=model.config,
+        plan=plan,
+        stored_names={name: f"{name}.weight" for name in plan.quantised},
+        replaced={stored: layer.name for layer in model.layers.values() for stored in layer.tensors},
+        tensor=lambda name: rounded.get(name) if name in again else model.codes(name),
+        weight=lambda name: rounded.get(name).dequantize() if name in again else model.weight(name),
+        extra=model.extra,
+        provenance={**provenance_of(model.settings), "converted_from": model.format},
+        act_order=any(layer.act_order for layer in model.layers.values() if layer.name not in again),
+    )

@@ -1,0 +1,148 @@
+"""Which software opens a quantised folder, and what is in the way: the rules of other readers, as data.
+
+Read from the loaders of transformers 5.23, gptqmodel 7.7, vLLM 0.33, SGLang 0.5.23 and Intel's auto-round 0.16.1.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from auto_round.spec.plan import LayerPlan, Plan
+
+# Projections that vLLM and SGLang load as one matrix, so that their parts must be quantised alike.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+MARLIN_GROUPS = (-1, 32, 64, 128)
+GPTQMODEL_GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
+AWQ_PACKINGS = ("auto_round:auto_awq", "auto_round:awq")
+SERVED_PACKINGS = ("auto_round:auto_gptq", *AWQ_PACKINGS)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A quantised model as its readers see it. settings: its quantization_config."""
+
+    plan: Plan
+    format: str
+    settings: Mapping[str, Any]
+    act_order: bool = False
+
+    @property
+    def packing(self) -> str:
+        """How an auto_round folder says that its tensors lie; "" in others."""
+        return str(self.settings.get("packing_format") or "")
+
+    @property
+    def awq(self) -> bool:
+        """True when its tensors lie as AWQ's do."""
+        return self.format == "auto_awq" or self.packing in AWQ_PACKINGS
+
+
+Rule = Callable[[Held], str | None]
+
+
+def clients(held: Held) -> dict[str, str | None]:
+    """For every client that knows the format: what is in the way of opening it, or None."""
+    return {name: rule(held) for name, (formats, rule) in CLIENTS.items() if held.format in formats}
+
+
+def fused_conflict(plan: Plan) -> str | None:
+    """The first set of projections that is loaded as one matrix but not quantised alike."""
+    parts: dict[tuple[str, int], dict[str, LayerPlan]] = defaultdict(dict)
+    for layer in plan.layers:
+        parent, _, leaf = layer.name.rpartition(".")
+        for i, names in enumerate(FUSED):
+            if leaf in names:
+                parts[parent, i][leaf] = layer
+    for (parent, _), layers in parts.items():
+        kinds = {leaf: layer.scheme.name if layer.scheme else "kept" for leaf, layer in layers.items()}
+        if len(set(kinds.values())) > 1:
+            told = ", ".join(f"{leaf} {kind}" for leaf, kind in kinds.items())
+            return f"{parent}: {told} are loaded as one matrix and must be alike"
+    return None
+
+
+def _first(held: Held, rule: Callable[[LayerPlan], str | None]) -> str | None:
+    return next((found for layer in held.plan.quantised.values() if (found := rule(layer))), None)
+
+
+def _ragged(layer: LayerPlan) -> str | None:
+    if layer.scheme is not None and not layer.scheme.divides(layer.in_features):
+        return f"{layer.name}: group size {layer.scheme.group_size} does not divide its {layer.in_features} inputs"
+    return None
+
+
+def _ours(held: Held) -> str | None:
+    """Transformers parses the config before this package sees it."""
+    method = held.settings.get("quant_method")
+    if held.format == "auto_round" and method != "auto-round":
+        return f"transformers does not know quant_method {method!r}; convert it to auto_round"
+    if "meta" in held.settings and method == "gptq":
+        return 'transformers\' AutoRoundConfig refuses GPTQ configs with a "meta" entry; convert it to auto_round'
+    return None
+
+
+def _transformers(held: Held) -> str | None:
+    if held.format != "auto_gptq":
+        return None
+    blocks = tuple(f"{name}." for name in held.plan.block_lists)
+    outside = [name for name in held.plan.quantised if not name.startswith(blocks)]
+    if outside:
+        return f"{outside[0]}: its GPTQ reader converts the blocks only"
+    if len({layer.scheme for layer in held.plan.quantised.values()}) > 1:
+        return "its GPTQ reader drops the rules of single layers"
+    return _gptqmodel(held)
+
+
+def _gptqmodel(held: Held) -> str | None:
+    def group(layer: LayerPlan) -> str | None:
+        size = layer.scheme.group_size if layer.scheme else -1
+        if size in GPTQMODEL_GROUPS or size == layer.in_features:
+            return None
+        return f"{layer.name}: its kernels take groups of {', '.join(map(str, GPTQMODEL_GROUPS))}, not {size}"
+
+    return _first(held, group)
+
+
+def _intel(held: Held) -> str | None:
+    if held.act_order:
+        return "it does not read act-order"
+    if held.format == "gptq_v2":
+        return "it reads GPTQ v1 only"
+    ragged = _first(held, _ragged)
+    return f"{ragged}: it would load random weights for that layer" if ragged else None
+
+
+def _server(held: Held) -> str | None:
+    """VLLM and SGLang load int weights by the same rules."""
+    if held.act_order:
+        return "it does not read act-order"
+    if held.format == "auto_round" and held.packing not in SERVED_PACKINGS:
+        return f"it does not read packing {held.packing!r}"
+    return fused_conflict(held.plan) or _first(held, lambda layer: _served(held, layer) or _ragged(layer))
+
+
+def _served(held: Held, layer: LayerPlan) -> str | None:
+    scheme = layer.scheme
+    if scheme is None or held.format == "llm_compressor":
+        return None
+    if not scheme.sym and not held.awq:
+        return f"{scheme.name}: it reads asymmetric codes from AWQ tensors only"
+    if held.format in ("auto_gptq", "gptq_v2") and scheme.bits not in (4, 8):
+        return f"{scheme.name}: it reads GPTQ folders of 4 and 8 bits only"
+    if scheme.group_size not in MARLIN_GROUPS:
+        return f"{scheme.name}: its kernels take groups of {', '.join(map(str, MARLIN_GROUPS))}"
+    return None
+
+
+CLIENTS: dict[str, tuple[tuple[str, ...], Rule]] = {
+    "transformers with this package": (("auto_round", "auto_gptq", "gptq_v2", "auto_awq"), _ours),
+    "transformers with gptqmodel": (("auto_gptq", "auto_awq"), _transformers),
+    "transformers with compressed-tensors": (("llm_compressor",), lambda held: _first(held, _ragged)),
+    "gptqmodel": (("auto_gptq", "gptq_v2", "auto_awq"), _gptqmodel),
+    "Intel's auto-round": (("auto_round", "auto_gptq", "gptq_v2", "auto_awq"), _intel),
+    "vLLM": (("auto_round", "auto_gptq", "gptq_v2", "auto_awq", "llm_compressor"), _server),
+    "SGLang": (("auto_round", "auto_gptq", "auto_awq"), _server),
+}
