@@ -138,13 +138,13 @@ def _layer(checkpoint: Checkpoint, name: str, layout: Layout, scheme: Scheme | N
     if missing := [s for s in wanted if s not in stored]:
         raise FormatError(f"{file}: layer {name!r} has no tensor {name}.{missing[0]}; the checkpoint is incomplete")
     found = {s: shapes[s] for s in wanted}
-    if (refusal := layout.refuse(scheme, out_features, in_features)) is not None:
-        raise FormatError(f"{file}: layer {name!r} has shapes {found}, which {scheme.name} cannot have: {refusal}")
     if found != {s: shape for s, (_, shape) in wanted.items()}:
         needed = {s: shape for s, (_, shape) in wanted.items()}
         raise FormatError(
             f"{file}: layer {name!r} has shapes {found}, but {scheme.name} needs {needed}; the config does not fit"
         )
+    if (refusal := layout.refuse(scheme, out_features, in_features)) is not None:
+        raise FormatError(f"{file}: layer {name!r} has shapes {found}, which {scheme.name} cannot have: {refusal}")
     for s, (dtype, _) in wanted.items():
         own = DTYPES.get(checkpoint.entries[stored[s]].dtype)
         if (
