@@ -30,12 +30,12 @@ for bits in (2, 3, 4, 8):
             tensor = random_qtensor(out, inputs, Scheme(bits, group, sym), 0, seed=bits)
             words = Words.of(Stored.of(tensor, GPTQ_RAW))
             assert words.qtensor().same(tensor)
-            for tokens, dtype in ((1, torch.float32), (1, torch.bfloat16), (9, torch.float32), (33, torch.float16)):
+            for tokens, dtype in ((1, torch.float32), (1, torch.float16), (9, torch.float32), (33, torch.float16)):
                 x = torch.randn(tokens, inputs).to(dtype)
                 weight = tensor.dequantize(dtype).double()
                 expected, size = x.double() @ weight.T, (x.double().square() @ weight.square().T).sum().sqrt()
                 error = float((triton_linear(x, words).double() - expected).norm() / size)
-                limit = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype]
+                limit = {torch.float32: 1e-6, torch.float16: 1e-3}[dtype]
                 assert error < limit, (bits, sym, out, inputs, group, tokens, dtype, error)
 print("right")
 """
