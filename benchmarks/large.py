@@ -172,7 +172,7 @@ def main() -> None:
         part = given.folder.with_name(given.folder.name + "-part")
         shutil.rmtree(part, ignore_errors=True)
         settings["model"] = str(first_blocks(given.folder, part, TUNED_BLOCKS))
-        tuning = {"iters": 4, "nsamples": 8, "seqlen": 256, "batch_size": 2, "max_memory": "6GB"}
+        tuning = {"iters": 2, "nsamples": 4, "seqlen": 128, "batch_size": 2, "start": "plain", "max_memory": "6GB"}
         found["tuned_two_blocks"] = measured({**settings, **tuning}, output, {})
         shutil.rmtree(part)
     RESULT.parent.mkdir(exist_ok=True)

@@ -254,7 +254,8 @@ def attempt(model: Path, scratch: Path, seed: int) -> dict[str, Any]:
     output = str(place / "out")
     touched = [name for name in after if after[name] != before.get(name) and not name.startswith(output)]
     touched += [name for name in before if name not in after]
-    touched = [name for name in touched if Path(name).name != "stderr"]
+    kept = f"{place / '.out.auto-round'}/"  # finished blocks of a run that failed later are the run's own
+    touched = [name for name in touched if Path(name).name != "stderr" and not name.startswith(kept)]
     wrong = None
     if code not in (DONE, REFUSED, BAD_RESULT):
         wrong = f"exit code {code}: {(place / 'stderr').read_text(errors='replace')[-1500:]}"

@@ -30,6 +30,7 @@ from auto_round.runtime.device import compute_dtype
 from auto_round.runtime.events import Listener
 from auto_round.runtime.journal import Journal
 from auto_round.runtime.workspace import Workspace
+from auto_round.source.foreign import foreign
 
 
 def make_ready(job: Job, formats: Sequence[Format], scratch: Path, listener: Listener) -> Ready:
@@ -134,15 +135,16 @@ def calibrate(prepared: Prepared, listener: Listener) -> CalibrationSet:
         ).to(job.device)
         return sample_tokens(model, source.tokenizer, count, length, seed, job.recipe.batch_size)
 
-    calibration = build_calibration(
-        job.dataset,
-        source.tokenizer,
-        nsamples=recipe.nsamples,
-        seqlen=seqlen,
-        seed=recipe.seed,
-        listener=listener,
-        sampler=sampler,
-    )
+    with foreign(f"{source.folder}: its tokenizer fails on the calibration text"):
+        calibration = build_calibration(
+            job.dataset,
+            source.tokenizer,
+            nsamples=recipe.nsamples,
+            seqlen=seqlen,
+            seed=recipe.seed,
+            listener=listener,
+            sampler=sampler,
+        )
     vocabulary = prepared.skeleton.model.get_input_embeddings().weight.shape[0]
     largest = int(calibration.tokens.max())
     if largest >= vocabulary:

@@ -21,12 +21,13 @@ from transformers import AutoModelForCausalLM
 
 from auto_round.calibrate.capture import logits_of
 from auto_round.calibrate.walker import Walk, outside_blocks, walk
-from auto_round.errors import CheckError, SpecError
+from auto_round.errors import CheckError, SourceError, SpecError
 from auto_round.evaluate.metrics import Tally, evaluate_tokens, greedy, held_out_text, tally
 from auto_round.pipeline.job import Prepared, Quantised
 from auto_round.pipeline.needs import budget_bytes, checking_bytes, opening_bytes
 from auto_round.runtime.device import release_cached
 from auto_round.runtime.events import Listener
+from auto_round.source.foreign import foreign
 
 SAMPLES = 2  # of the calibration set, and as many of text it does not have
 SEQLEN = 128  # tokens
@@ -54,15 +55,17 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All findings, the error each block adds (relative, 0 .. 1), and why a part was left out."""
+    """All findings, each block's relative error (0 .. 1), why a part was left out, and what could not be opened."""
 
     findings: tuple[Finding, ...]
     block_errors: tuple[float, ...]
     notes: tuple[str, ...]
+    faults: tuple[str, ...]
 
     def summary(self) -> dict[str, Any]:
         """What the record keeps."""
-        return {"findings": [asdict(finding) for finding in self.findings], "notes": list(self.notes)}
+        words = {"notes": list(self.notes), "faults": list(self.faults)}
+        return {"findings": [asdict(finding) for finding in self.findings], **words}
 
 
 def check(result: Quantised, folders: Sequence[tuple[str, Path]], listener: Listener) -> Verdict | None:
@@ -84,18 +87,23 @@ def check(result: Quantised, folders: Sequence[tuple[str, Path]], listener: List
         return None
     reference, found, errors = _block_by_block(result, tokens)
     findings = [_finding("block by block", found)]
-    notes = []
+    notes, faults = [], []
     for name, folder in folders:
         reason = _why_not_opened(folder, opening_bytes(result.prepared, tokens.numel()), budget)
         if reason is None:
-            findings.append(_opened(name, folder, result, tokens, reference))
+            try:
+                with foreign(f"{name}: the written folder cannot be used"):
+                    findings.append(_opened(name, folder, result, tokens, reference))
+            except SourceError as error:
+                # Paths differ from run to run, and the folder will be elsewhere.
+                faults.append(str(error).replace(str(folder), "the folder"))
         else:
             notes.append(f"{name}: not opened through transformers: {reason}")
     for note in notes:
         listener.note(note)
     for finding in findings:
         listener.note(_line(finding))
-    return Verdict(tuple(findings), tuple(errors), tuple(notes))
+    return Verdict(tuple(findings), tuple(errors), tuple(notes), tuple(faults))
 
 
 def gate_bytes(prepared: Prepared, samples: int, seqlen: int) -> int | None:
@@ -114,6 +122,10 @@ def gate_bytes(prepared: Prepared, samples: int, seqlen: int) -> int | None:
 
 def judge(verdict: Verdict, largest: float, blocks: Sequence[str], folder: Path) -> None:
     """Raise CheckError when a finding is worse than `largest` nats of KL divergence, naming the blocks to blame."""
+    if verdict.faults:
+        raise CheckError(
+            f"{folder}: was written, but {verdict.faults[0]}\nThe folder stays. --disable_check skips this."
+        )
     bad = [f for f in verdict.findings if not f.kl_divergence <= largest]
     if not bad:
         return
@@ -160,7 +172,8 @@ def _samples(result: Quantised) -> Tensor | None:
         limit = getattr(result.source.config.get_text_config(), "max_position_embeddings", None) or seqlen
         seqlen = min(seqlen, limit)
         rows = [row[:seqlen] for row in rows]
-        with suppress(SpecError):  # a tokenizer that makes few tokens of a page: calibration samples are enough
+        # A tokenizer that makes few tokens of a page, or fails: calibration samples are enough.
+        with suppress(SpecError, SourceError), foreign("the tokenizer fails"):
             rows += list(evaluate_tokens(tokenizer, held_out_text(), seqlen, SAMPLES))
     vocabulary = result.prepared.skeleton.model.get_input_embeddings().weight.shape[0]
     rows = [row for row in rows if int(row.max()) < vocabulary]
