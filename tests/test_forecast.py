@@ -13,7 +13,8 @@ import pytest
 from auto_round import AutoRound
 from auto_round.cli.quantise import show_forecast
 from auto_round.formats import FORMATS
-from auto_round.pipeline.runtimes import fused_conflicts, readers
+from auto_round.pipeline.runtimes import readers
+from auto_round.spec.fusions import broken_fusions
 from auto_round.spec.plan import LinearShape, make_plan
 from auto_round.spec.scheme import Scheme
 from tests import killing
@@ -89,7 +90,7 @@ def test_what_vllm_opens(rules: dict[str, Any], scheme: Scheme, format: str, obs
 
 
 def test_a_kept_part_of_a_fused_matrix_is_a_conflict() -> None:
-    (sentence,) = fused_conflicts(plan_of({"*.v_proj": "keep"}, Scheme(4, 64)))
+    (sentence,) = broken_fusions(plan_of({"*.v_proj": "keep"}, Scheme(4, 64)))
     assert "v_proj kept" in sentence
 
 

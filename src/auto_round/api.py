@@ -44,8 +44,14 @@ class AutoRound:
     model: a folder, a hub id, a ``.gguf`` file or a loaded ``PreTrainedModel``; tokenizer: its tokenizer, found beside
     the weights when None. scheme: a preset such as "W4A16" or "W2A16G64"; bits, group_size and sym override it.
     layer_config: pattern (name, glob or regular expression) -> {"bits": ...}, preset or "keep"; later rules win.
+    ignore_layers: patterns of layers to keep, whatever layer_config says; to_quant_block_names: the lists of blocks to
+    quantise, such as "model.layers", in place of the one that is found. Both a list or one string with commas.
+    quant_lm_head: quantise the output head too, which a tied embedding then no longer shares its weight with;
+    quant_nontext_module: quantise vision and audio parts too, from their weights alone.
     recipe: "default", "best", "light" or "rtn", each of whose fields (see `Recipe`) can be given as a keyword.
+    processor: of a vision-language model, found beside the weights when None; saved with the result.
     dataset: calibration text: "auto", "builtin", "self", a hub id, a file, or a list; see the README.
+    Mappings in a list are image-text pairs: arguments for the processor, or what it returned.
     device: "auto", "cpu", "cuda:0", "xpu"; compute_dtype: what blocks run in, measured when "auto".
     max_memory: resident memory to stay below, such as "6GB"; activations_on_disk: keep them in mapped files anyway.
 
@@ -61,6 +67,7 @@ class AutoRound:
         model: Any,
         tokenizer: Any | None = None,
         *,
+        processor: Any | None = None,
         scheme: str | Scheme = "W4A16",
         bits: int | None = None,
         group_size: int | None = None,
@@ -85,6 +92,9 @@ class AutoRound:
         device: str | int | torch.device = "auto",
         compute_dtype: str = "auto",
         quant_lm_head: bool = False,
+        quant_nontext_module: bool = False,
+        ignore_layers: str | Sequence[str] = (),
+        to_quant_block_names: str | Sequence[str] = (),
         trust_remote_code: bool = False,
         max_memory: str | int | None = None,
         activations_on_disk: bool = False,
@@ -122,6 +132,10 @@ class AutoRound:
             dtype=_compute_dtype(compute_dtype, place),
             dtype_measured=compute_dtype == "auto",
             quant_lm_head=quant_lm_head,
+            quant_nontext_module=quant_nontext_module,
+            processor=processor,
+            ignore_layers=_names(ignore_layers),
+            to_quant_block_names=_names(to_quant_block_names),
             trust_remote_code=trust_remote_code,
             max_memory=None if max_memory is None else parse_size(max_memory, "max_memory"),
             activations_on_disk=activations_on_disk,
@@ -244,3 +258,9 @@ def _compute_dtype(name: str, device: torch.device) -> torch.dtype:
     if not isinstance(name, str):
         raise SpecError(f"compute_dtype={name!r} must be a name such as auto, bfloat16 or float32")
     return compute_dtype(name, device)
+
+
+def _names(value: str | Sequence[str]) -> tuple[str, ...]:
+    """Names from a list, or from one string that separates them by commas."""
+    parts = value.split(",") if isinstance(value, str) else value
+    return tuple(part.strip() for part in parts if part.strip())

@@ -17,6 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 from auto_round.errors import BackendError, FormatError
 from auto_round.formats import open_coded
@@ -28,7 +31,8 @@ from auto_round.inference.head import round_head
 from auto_round.inference.qlinear import QLinear
 from auto_round.inference.select import better_installed, choose, choose_stored, requested
 from auto_round.qtensor import QTensor, plain_g_idx
-from auto_round.source.blocks import find_block_lists
+from auto_round.source.blocks import find_block_lists, linears_in
+from auto_round.source.fused import Fused, find_fused, open_fused
 from auto_round.spec.scheme import Scheme
 
 # Keys of GPTQ's and AWQ's configs that an auto_round folder says otherwise.
@@ -61,14 +65,17 @@ def convert(model: nn.Module, device: torch.device) -> tuple[nn.Module, list[str
     """
     config = CheckpointConfig.parse(_quantization_config(model))
     requested(config.backend)
-    linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
-    schemes = config.resolve(list(linears), config.blocks or find_block_lists(model))
+    fused = fused_of(model)
+    names = [*linears_in(model), *(name for item in fused for name in item.slices)]
+    schemes = config.resolve(names, config.blocks or find_block_lists(model))
+    _open(model, fused, schemes)
+    linears = linears_in(model)
     chosen: Counter[tuple[str, str]] = Counter()
     installs: set[str] = set()
     for name, scheme in schemes.items():
         if scheme is not None:
             layer = _make(model, name, linears[name], scheme, config, device)
-            _install(model, name, layer)
+            _install(model, name, layer, linears[name].weight.dtype)
             chosen[scheme.name, layer.backend.name] += 1
             shape = (layer.out_features, layer.in_features)
             install = better_installed(layer.backend, scheme, shape, linears[name].weight.dtype, device)
@@ -83,6 +90,28 @@ def convert(model: nn.Module, device: torch.device) -> tuple[nn.Module, list[str
     advice = "".join(f"; faster after: {install}" for install in sorted(installs))
     logger.info("%s on %s%s", counts, device, advice)
     return model, sorted({used for _, used in chosen})
+
+
+def fused_of(model: nn.Module) -> list[Fused]:
+    """The parameters of `model` that may be Linears in all but name."""
+    rules = get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else []
+    return find_fused(model, [rule for rule in rules if isinstance(rule, WeightConverter)])
+
+
+def _open(model: nn.Module, fused: list[Fused], schemes: dict[str, Scheme | None]) -> None:
+    """Put Linears in place of those `fused` that are quantised."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    for item in fused:
+        kept = [name for name in item.slices if schemes[name] is None]
+        if kept and len(kept) < len(item.slices):
+            raise FormatError(f"{kept[0]!r} is kept but other experts of {item.full_name!r} are quantised")
+        if not kept:
+            open_fused(model, [item], lambda layer: _dense(layer, dtype))
+
+
+def _dense(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    assert isinstance(layer, QLinear)
+    return layer.qtensor().dequantize(dtype)
 
 
 def finish(model: nn.Module) -> None:
@@ -144,8 +173,7 @@ def _say_how_it_is_saved(model: nn.Module, layers: Mapping[str, QLinear], config
         return
     for key in FOREIGN_KEYS:
         given.pop(key, None)
-    linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear}
-    schemes = {**dict.fromkeys(linears), **{name: layer.scheme for name, layer in layers.items()}}
+    schemes = {**dict.fromkeys(linears_in(model)), **{name: layer.scheme for name, layer in layers.items()}}
     packing = "auto_round:gptq" if config.act_order and config.packing == GPTQ_V1 else config.packing
     packing = "auto_round:gptqmodel" if config.act_order and config.packing == RAW else packing
     given.update(settings(packing, config.scheme, schemes, config.blocks or block_lists(list(layers))))
@@ -211,13 +239,18 @@ def _make(
     )
 
 
-def _install(model: nn.Module, name: str, layer: QLinear) -> None:
-    """Put `layer` in its place; keep transformers from initialising it or its parent, which may reach for `.weight`."""
+def _install(model: nn.Module, name: str, layer: QLinear, dtype: torch.dtype) -> None:
+    """Put `layer` in its place.
+
+    Modules around it may reach for `.weight`: transformers' initialisers, which also fill buffers that no checkpoint
+    holds and so must run, and forwards that ask for its dtype. They find an empty one that counts as initialised.
+    """
+    weight = torch.empty(0, dtype=dtype)
+    for done in (weight, layer):
+        object.__setattr__(done, "_is_hf_initialized", True)
+    layer.weight = weight
     parent_name, _, own = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    setattr(parent, own, layer)
-    for module in (layer, parent):
-        object.__setattr__(module, "_is_hf_initialized", True)
+    setattr(model.get_submodule(parent_name), own, layer)
 
 
 def _missing_beside(model: nn.Module, layers: dict[str, QLinear]) -> list[str]:

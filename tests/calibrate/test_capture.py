@@ -20,7 +20,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from auto_round.calibrate.walker import Walk, head_inputs, walk
+from auto_round.calibrate.front import Walk
+from auto_round.calibrate.walker import head_inputs, walk
 from auto_round.source.blocks import block_names, find_block_lists
 from auto_round.source.checkpoint import Checkpoint
 from auto_round.source.skeleton import Skeleton

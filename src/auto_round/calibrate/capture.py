@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,32 +23,42 @@ class BlockCall:
 
 @dataclass(frozen=True)
 class Captured:
-    """Hidden states (batch, tokens, hidden) that enter the first block, and the call of every block in order."""
+    """Hidden states (batch, tokens, hidden) that enter the first block, and the call of every block in order.
+
+    A block that the model leaves out on such input (attention to images, on text) has None for its call.
+    """
 
     hidden: Tensor
-    calls: tuple[BlockCall, ...]
+    calls: tuple[BlockCall | None, ...]
 
 
 class _DoneError(Exception):
     """Raised by the last recorder: nothing behind the blocks has to run."""
 
 
+# What blocks return: the hidden states, or a tuple that begins with them and is unpacked or indexed.
+TUPLE_WIDTHS = (0, 1, 2, 3)
+
+
+class _Call(NamedTuple):
+    block: int
+    hidden: Tensor
+    call: BlockCall
+
+
 class _Recorder(nn.Module):
-    """Stands in for one block: notes its call and returns its hidden states, in a tuple if the model wants one."""
+    """Stands in for one block: notes its call and returns its hidden states, in a tuple of `width` unless it is 0.
+
+    With `final` it returns that instead, so that what follows the blocks sees it.
+    """
 
     def __init__(
-        self,
-        block: nn.Module,
-        record: list[tuple[Tensor, BlockCall]],
-        total: int,
-        final: Tensor | None,
-        *,
-        in_tuple: bool,
+        self, block: nn.Module, index: int, total: int, record: list[_Call], final: Tensor | None, width: int
     ) -> None:
         super().__init__()
         # Models read attributes such as attention_type off their blocks; a list keeps the block out of the module tree.
         self._block = [block]
-        self._record, self._total, self._final, self._in_tuple = record, total, final, in_tuple
+        self._index, self._total, self._record, self._final, self._width = index, total, record, final, width
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -58,39 +69,59 @@ class _Recorder(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Note the call; end the model's forward at the last block."""
         hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-        self._record.append((hidden, BlockCall(tuple(rest), kwargs)))
-        if len(self._record) == self._total:
-            if self._final is None:
-                raise _DoneError
+        self._record.append(_Call(self._index, hidden, BlockCall(tuple(rest), kwargs)))
+        if self._final is not None:
             hidden = self._final
-        return (hidden,) if self._in_tuple else hidden
+        elif self._index == self._total - 1:
+            raise _DoneError
+        return (hidden, *[None] * (self._width - 1)) if self._width else hidden
 
 
-def capture(model: nn.Module, block_names: Sequence[str], tokens: Tensor) -> Captured:
+def capture(
+    model: nn.Module, block_names: Sequence[str], tokens: Tensor, beside: Mapping[str, Tensor] = MappingProxyType({})
+) -> Captured:
     """Run `model` on tokens (batch, tokens) int64 up to its blocks and note how it calls each of them.
 
-    Everything in front of the blocks must be loaded; the blocks need not be. Padding needs no mask here: it stands on
-    the right, where causal attention never lets a real token see it. Raises SourceError when the model calls its blocks
-    in an unknown way.
+    beside: other inputs of the model, such as pixels. Everything in front of the blocks must be loaded; the blocks need
+    not be. Padding needs no mask here: it stands on the right, where causal attention never lets a real token see it.
+    Raises SourceError when the model calls its blocks in an unknown way.
     """
-    for in_tuple in (False, True):
-        record = _record(model, block_names, tokens, in_tuple=in_tuple)
-        shapes = {tuple(hidden.shape) for hidden, _ in record}
-        if len(record) == len(block_names) and len(shapes) == 1:
-            return Captured(record[0][0], tuple(call for _, call in record))
-    raise SourceError(
-        f"{type(model).__name__} ran {len(record)} of its {len(block_names)} blocks, with hidden states of shapes "
-        f"{sorted(shapes)}; only models that run each block once on hidden states of one shape can be tuned"
-    )
+    best: list[_Call] = []
+    for width in TUPLE_WIDTHS:
+        record = _record(model, block_names, {"input_ids": tokens, **beside}, width=width)
+        # A wrong width ends the run after one block, takes one sample for the whole batch, or hands tuples on.
+        alike = all(
+            isinstance(entry.hidden, Tensor) and entry.hidden.shape == record[0].hidden.shape for entry in record
+        )
+        if alike and len(record) > len(best):
+            best = record
+        if len(best) == len(block_names):
+            break
+    order = [entry.block for entry in best]
+    # Leaving out as many as half of the blocks is not known of any model.
+    if 2 * len(best) <= len(block_names) or order != sorted(set(order)):
+        raise SourceError(
+            f"{type(model).__name__} ran {len(set(order))} of its {len(block_names)} blocks in {len(order)} calls with "
+            "hidden states of one shape; only models that run each block once in order can be tuned. Recipe rtn rounds "
+            "a model without running it"
+        )
+    calls = {entry.block: entry.call for entry in best}
+    return Captured(best[0].hidden, tuple(calls.get(index) for index in range(len(block_names))))
 
 
 @torch.no_grad()
 def inputs_of(
-    model: nn.Module, block_names: Sequence[str], tokens: Tensor, hidden: Tensor, module: nn.Module
-) -> Tensor:
-    """What `module`, somewhere behind the blocks, is given when the last block's output is `hidden`.
+    model: nn.Module,
+    block_names: Sequence[str],
+    tokens: Tensor,
+    hidden: Tensor,
+    module: nn.Module,
+    beside: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Tensor | None:
+    """What `module`, somewhere outside the blocks, is given when the last block's output is `hidden`.
 
     tokens: (batch, tokens) int64; hidden: (batch, tokens, hidden). Everything but the blocks and `module` is loaded.
+    None when the model does not run it on text.
     """
     caught: list[Tensor] = []
 
@@ -100,31 +131,38 @@ def inputs_of(
 
     handle = module.register_forward_pre_hook(catch)
     try:
-        for in_tuple in (False, True):
-            _record(model, block_names, tokens, in_tuple=in_tuple, final=hidden)
-            if caught:
+        for width in TUPLE_WIDTHS:
+            _record(model, block_names, {"input_ids": tokens, **beside}, width=width, final=hidden)
+            if caught and len(caught[0]) == len(tokens):  # a wrong width may take one sample for the batch
                 return caught[0]
+            caught.clear()
     finally:
         handle.remove()
-    raise SourceError(f"{type(model).__name__} never ran the layer behind its blocks that is to be quantised")
+    return None
 
 
 def _record(
-    model: nn.Module, block_names: Sequence[str], tokens: Tensor, *, in_tuple: bool, final: Tensor | None = None
-) -> list[tuple[Tensor, BlockCall]]:
-    """Run the model with recorders for blocks; the last one ends the run, or gives `final` and lets it go on."""
-    record: list[tuple[Tensor, BlockCall]] = []
+    model: nn.Module,
+    block_names: Sequence[str],
+    inputs: Mapping[str, Tensor],
+    *,
+    width: int,
+    final: Tensor | None = None,
+) -> list[_Call]:
+    """Run the model with recorders for blocks; the last one ends the run, or all give `final` and let it go on."""
+    record: list[_Call] = []
     blocks = {name: model.get_submodule(name) for name in block_names}
-    for name, block in blocks.items():
-        model.set_submodule(name, _Recorder(block, record, len(blocks), final, in_tuple=in_tuple))
+    for index, (name, block) in enumerate(blocks.items()):
+        model.set_submodule(name, _Recorder(block, index, len(blocks), record, final, width))
     try:
         with torch.no_grad():
-            model(input_ids=tokens, use_cache=False)
+            model(**inputs, use_cache=False)
     except _DoneError:
         pass
-    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):
-        # A model that unpacks tuples fails on a bare tensor; the caller tries the other way and reports.
-        if in_tuple:
+    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError, NotImplementedError):
+        # A model that unpacks tuples fails on a bare tensor, and what follows blocks that were left out is not loaded;
+        # the caller tries the other ways and judges what was recorded.
+        if not record:
             raise
     finally:
         for name, block in blocks.items():
@@ -140,10 +178,11 @@ def logits_of(model: nn.Module, block_names: Sequence[str], tokens: Tensor, hidd
     caught: list[Tensor] = []
     handle = model.register_forward_hook(lambda _, args, output: caught.append(output.logits))
     try:
-        for in_tuple in (False, True):
-            _record(model, block_names, tokens, in_tuple=in_tuple, final=hidden)
-            if caught:
+        for width in TUPLE_WIDTHS:
+            _record(model, block_names, {"input_ids": tokens}, width=width, final=hidden)
+            if caught and len(caught[0]) == len(tokens):  # a wrong width may take one sample for the batch
                 return caught[0]
+            caught.clear()
     finally:
         handle.remove()
     raise SourceError(f"{type(model).__name__} gave no logits for the hidden states behind its last block")

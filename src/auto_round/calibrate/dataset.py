@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from auto_round.errors import CalibrationError
 from auto_round.runtime.events import Listener
 
 # Text in the mini-language, texts, or token ids: one sample a row.
-Dataset = str | Sequence[str] | Sequence[Sequence[int]] | Sequence[Tensor] | Tensor
+# Mappings are image-text pairs, see `auto_round.calibrate.pairs`.
+Dataset = str | Sequence[str] | Sequence[Sequence[int]] | Sequence[Tensor] | Sequence[Mapping[str, Any]] | Tensor
 # (nsamples, seqlen, seed) -> (nsamples, seqlen) token ids that the model samples itself.
 Sampler = Callable[[int, int, int], Tensor]
 
@@ -33,12 +35,14 @@ class CalibrationSet:
     """Samples to tune on.
 
     tokens: (nsamples, seqlen) int64, padded on the right. mask: (nsamples, seqlen) bool, True where a token is real.
-    source: what was really used, for people.
+    source: what was really used, for people. beside: for every sample the model's other inputs (pixels), as for a batch
+    of one; empty for text.
     """
 
     tokens: Tensor
     mask: Tensor
     source: str
+    beside: tuple[Mapping[str, Tensor], ...] = ()
 
     def __post_init__(self) -> None:
         if self.tokens.dim() != 2 or not self.tokens.numel() or self.tokens.dtype != torch.int64:
@@ -48,9 +52,14 @@ class CalibrationSet:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the tokens (int64) and then the mask (one byte each), as hexadecimal digits."""
+        """SHA-256 of the tokens (int64), the mask (one byte each) and the other inputs, as hexadecimal digits."""
         digest = hashlib.sha256(self.tokens.cpu().contiguous().numpy().astype("<i8").tobytes())
         digest.update(self.mask.cpu().contiguous().numpy().tobytes())
+        for sample in self.beside:
+            for key in sorted(sample):
+                digest.update(
+                    key.encode() + sample[key].cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+                )
         return digest.hexdigest()
 
     @property

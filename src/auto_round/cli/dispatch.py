@@ -22,6 +22,7 @@ ALIASES = {
     "bs": "batch_size",
     "device_map": "device",
     "formats": "format",
+    "fp_layers": "ignore_layers",
 }
 
 

@@ -81,13 +81,39 @@ LayerConfig = Annotated[
         "JSON",
     ),
 ]
+IgnoreLayers = Annotated[
+    str | None,
+    _flag(
+        "Scheme",
+        "--ignore_layers",
+        "Layers to keep as they are, separated by commas; names, globs or regular expressions. Also --fp_layers.",
+        "NAMES",
+    ),
+]
+BlockNames = Annotated[
+    str | None,
+    _flag(
+        "Scheme",
+        "--to_quant_block_names",
+        "The lists of blocks to quantise, such as model.layers, separated by commas; found when not given.",
+        "NAMES",
+    ),
+]
 QuantLmHead = Annotated[
     bool | None,
     _flag(
         "Scheme",
         "--quant_lm_head",
-        "Quantise the output head too (default off); saves most on small models with a large vocabulary, if the head "
-        "is not the embedding.",
+        "Quantise the output head too (default off); saves most on small models with a large vocabulary. A head that "
+        "is the embedding is stored beside it then, which is said with its size.",
+    ),
+]
+QuantNontext = Annotated[
+    bool | None,
+    _flag(
+        "Scheme",
+        "--quant_nontext_module",
+        "Quantise vision and audio parts too (default off), from their weights alone.",
     ),
 ]
 

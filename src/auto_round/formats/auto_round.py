@@ -93,6 +93,10 @@ class AutoRoundFormat:
     def write(self, export: Export, folder: Path, largest_shard: int) -> None:
         """Write weights, config.json, quantization_config.json and the source's other files into `folder`."""
         config = quantization_config(export.plan, export.provenance)
+        extra = config.get("extra_config", {})
+        # Some readers ask by the names of the model's layers, others by those of the tensors.
+        stored = {name: tensor.removesuffix(".weight") for name, tensor in export.stored_names.items() if name in extra}
+        extra.update({tensor: extra[name] for name, tensor in stored.items()})
         layout = LAYOUTS[config["packing_format"]]
         write_folder(export, folder, largest_shard, layout, config, "quantization_config.json")
 

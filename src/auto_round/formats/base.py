@@ -23,7 +23,7 @@ class Export:
     quantised; stored_names: layer name -> name of its weight, also where the source holds codes instead; replaced:
     source tensor -> the layer whose own tensors stand in its place; tensor: the codes of a layer; weight: its weight
     (out, in) float32; extra: files to copy beside the weights; provenance: what made the model (iters, seed, data),
-    recorded in the folder. act_order: some codes have a g_idx.
+    recorded in the folder. act_order: some codes have a g_idx. transposed: layers whose source tensor is (in, out).
     """
 
     checkpoint: Checkpoint
@@ -36,6 +36,7 @@ class Export:
     extra: tuple[Path, ...]
     provenance: Mapping[str, Any]
     act_order: bool = False
+    transposed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

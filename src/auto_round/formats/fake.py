@@ -51,7 +51,7 @@ class FakeFormat:
         written = Checkpoint(folder)
         for name in export.plan.quantised:
             stored = export.stored_names[name]
-            expected = export.weight(name).to(float_dtype(export, name))
+            expected = _weight(export, name).to(float_dtype(export, name))
             if stored not in written or not torch.equal(written.tensor(stored), expected):
                 raise FormatError(f"{folder}: weight {stored!r} does not read back as it was tuned; please report this")
 
@@ -78,14 +78,21 @@ def _pieces(export: Export) -> Iterator[Piece]:
             yield copied(export.checkpoint, stored)
         elif name not in done:
             done.add(name)
-            shape = (planned[name].out_features, planned[name].in_features)
+            out_features, in_features = planned[name].out_features, planned[name].in_features
+            shape = (in_features, out_features) if name in export.transposed else (out_features, in_features)
             yield _dense(export, name, shape, float_dtype(export, name))
+
+
+def _weight(export: Export, name: str) -> torch.Tensor:
+    """The layer's weight as the source's tensor lies, float32."""
+    weight = export.weight(name)
+    return weight.t() if name in export.transposed else weight
 
 
 def _dense(export: Export, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Piece:
     stored = export.stored_names[name]
     slot = Slot(DTYPE_NAMES[dtype], shape, math.prod(shape) * dtype.itemsize)
-    return Piece({stored: slot}, lambda: {stored: tensor_bytes(export.weight(name).to(dtype))})
+    return Piece({stored: slot}, lambda: {stored: tensor_bytes(_weight(export, name).to(dtype))})
 
 
 FORMAT = FakeFormat()

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from auto_round.calibrate.dataset import CalibrationSet, build_calibration
+from auto_round.calibrate.dataset import CalibrationSet, Sampler, build_calibration
+from auto_round.calibrate.pairs import from_pairs, is_pairs
 from auto_round.calibrate.selftext import sample_tokens
 from auto_round.errors import SourceError, SpecError
 from auto_round.formats.base import Format
@@ -20,7 +20,8 @@ from auto_round.pipeline.forecast import forecast
 from auto_round.pipeline.inspection import inspect
 from auto_round.pipeline.job import Job, Prepared, Quantised, Ready, Saving
 from auto_round.pipeline.needs import needs, too_much
-from auto_round.pipeline.preparing import prepare, tell_plan
+from auto_round.pipeline.planning import tell_plan
+from auto_round.pipeline.preparing import prepare
 from auto_round.pipeline.publishing import check_free, check_space, publish, published
 from auto_round.pipeline.runner import Runner
 from auto_round.pipeline.signature import signature
@@ -31,6 +32,7 @@ from auto_round.runtime.events import Listener
 from auto_round.runtime.journal import Journal
 from auto_round.runtime.workspace import Workspace
 from auto_round.source.foreign import foreign
+from auto_round.source.opening import Source, processor_of
 
 
 def make_ready(job: Job, formats: Sequence[Format], scratch: Path, listener: Listener) -> Ready:
@@ -41,7 +43,7 @@ def make_ready(job: Job, formats: Sequence[Format], scratch: Path, listener: Lis
     """
     torch.manual_seed(job.recipe.seed)  # some models draw in their forward; nothing of ours reads the global generator
     prepared = prepare(job, formats, scratch)
-    tell_plan(prepared.plan, listener)
+    tell_plan(prepared.plan, prepared.skeleton, listener)
     # Plain round-to-nearest needs no activations at all.
     calibration = None
     if job.recipe.iters or job.recipe.start != "plain":
@@ -130,21 +132,16 @@ def calibrate(prepared: Prepared, listener: Listener) -> CalibrationSet:
 
     def sampler(count: int, length: int, seed: int) -> Tensor:
         listener.note(f"the model samples {count} texts of {length} tokens itself; it is in memory whole for this")
-        model = AutoModelForCausalLM.from_pretrained(
+        model = prepared.skeleton.auto_class.from_pretrained(
             source.folder, dtype=job.dtype, trust_remote_code=job.trust_remote_code
         ).to(job.device)
         return sample_tokens(model, source.tokenizer, count, length, seed, job.recipe.batch_size)
 
-    with foreign(f"{source.folder}: its tokenizer fails on the calibration text"):
-        calibration = build_calibration(
-            job.dataset,
-            source.tokenizer,
-            nsamples=recipe.nsamples,
-            seqlen=seqlen,
-            seed=recipe.seed,
-            listener=listener,
-            sampler=sampler,
-        )
+    if is_pairs(job.dataset):
+        processor = job.processor or processor_of(source.folder, trust_remote_code=job.trust_remote_code)
+        calibration = from_pairs(job.dataset, processor, nsamples=recipe.nsamples, seqlen=seqlen, listener=listener)
+    else:
+        calibration = _from_text(job, source, seqlen, listener, sampler)
     vocabulary = prepared.skeleton.model.get_input_embeddings().weight.shape[0]
     largest = int(calibration.tokens.max())
     if largest >= vocabulary:
@@ -152,3 +149,16 @@ def calibrate(prepared: Prepared, listener: Listener) -> CalibrationSet:
     samples, length = calibration.tokens.shape
     listener.note(f"calibration: {samples} samples of {length} tokens from {calibration.source}")
     return calibration
+
+
+def _from_text(job: Job, source: Source, seqlen: int, listener: Listener, sampler: Sampler) -> CalibrationSet:
+    with foreign(f"{source.folder}: its tokenizer fails on the calibration text"):
+        return build_calibration(
+            job.dataset,
+            source.tokenizer,
+            nsamples=job.recipe.nsamples,
+            seqlen=seqlen,
+            seed=job.recipe.seed,
+            listener=listener,
+            sampler=sampler,
+        )

@@ -13,10 +13,11 @@ from auto_round.formats.base import Format
 from auto_round.pipeline.gate import gate_bytes
 from auto_round.pipeline.job import Prepared, Saving
 from auto_round.pipeline.needs import Needs, budget_bytes, needs, too_much
-from auto_round.pipeline.runtimes import fused_conflicts, readers
+from auto_round.pipeline.runtimes import readers
 from auto_round.pipeline.saving import blank_export
 from auto_round.pipeline.timing import Rates, measure
 from auto_round.report.forecast import Forecast, ForecastFormat, ForecastLayer
+from auto_round.spec.fusions import broken_fusions
 from auto_round.spec.plan import LayerPlan
 
 ATTENTION_SHARE = 0.75  # of all pairs of tokens: causal attention needs half, kernels do more
@@ -116,7 +117,7 @@ def _seconds(
 
 def _problems(prepared: Prepared, seqlen: int, calibrated: bool) -> list[str]:
     job, plan = prepared.job, prepared.plan
-    found = [f"vLLM and SGLang will refuse the result: {conflict}" for conflict in fused_conflicts(plan)[:3]]
+    found = [f"vLLM and SGLang will refuse the result: {conflict}" for conflict in broken_fusions(plan)[:3]]
     reasons = {layer.reason for layer in plan.kept.values()} - {"outside the blocks"}
     for reason in sorted(reasons):
         names = [layer.name for layer in plan.kept.values() if layer.reason == reason]

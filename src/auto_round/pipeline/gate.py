@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from auto_round.calibrate.capture import logits_of
-from auto_round.calibrate.walker import Walk, outside_blocks, walk
+from auto_round.calibrate.front import Walk, outside_blocks
+from auto_round.calibrate.walker import walk
 from auto_round.errors import CheckError, SourceError, SpecError
 from auto_round.evaluate.metrics import Tally, evaluate_tokens, greedy, held_out_text, tally
 from auto_round.pipeline.job import Prepared, Quantised
@@ -85,7 +85,11 @@ def check(result: Quantised, folders: Sequence[tuple[str, Path]], listener: List
             f"not compared with the original: that needs about {needed / 1e9:.1f} GB, {budget / 1e9:.1f} GB may be used"
         )
         return None
-    reference, found, errors = _block_by_block(result, tokens)
+    compared = _block_by_block(result, tokens)
+    if compared is None:
+        listener.note("not compared with the original: this model's logits are not one row for every token of a text")
+        return None
+    reference, found, errors = compared
     findings = [_finding("block by block", found)]
     notes, faults = [], []
     for name, folder in folders:
@@ -163,7 +167,7 @@ def _samples(result: Quantised) -> Tensor | None:
     """(n, tokens) int64 of calibration and of other text, all of one length and inside the vocabulary."""
     rows: list[Tensor] = []
     seqlen = SEQLEN
-    if result.calibration is not None:
+    if result.calibration is not None and not result.calibration.beside:  # pairs cannot be cut, nor run without images
         seqlen = min(seqlen, result.calibration.tokens.shape[1])
         whole = result.calibration.mask[:, :seqlen].all(dim=1)
         rows += list(result.calibration.tokens[whole, :seqlen][:SAMPLES])
@@ -180,7 +184,7 @@ def _samples(result: Quantised) -> Tensor | None:
     return torch.stack(rows) if rows and seqlen > 1 else None
 
 
-def _block_by_block(result: Quantised, tokens: Tensor) -> tuple[Tensor, Tally, list[float]]:
+def _block_by_block(result: Quantised, tokens: Tensor) -> tuple[Tensor, Tally, list[float]] | None:
     """Logits (n * (tokens - 1), vocabulary) of the original, the result's distance, each block's relative error."""
     prepared, job = result.prepared, result.job
     settings = Walk(
@@ -205,6 +209,8 @@ def _block_by_block(result: Quantised, tokens: Tensor) -> tuple[Tensor, Tally, l
     errors.append(_relative_error(quantised, original))
     with _behind_blocks(prepared):
         reference = _logits(prepared, tokens, original)
+        if len(reference) != len(_targets(tokens)):
+            return None
         head = prepared.skeleton.model.get_output_embeddings()
         for name in prepared.outside:
             if prepared.skeleton.model.get_submodule(name) is head:
@@ -216,7 +222,7 @@ def _block_by_block(result: Quantised, tokens: Tensor) -> tuple[Tensor, Tally, l
 def _opened(name: str, folder: Path, result: Quantised, tokens: Tensor, reference: Tensor) -> Finding:
     """Open a folder as users do, and compare."""
     job, tokenizer = result.job, result.source.tokenizer
-    model = AutoModelForCausalLM.from_pretrained(
+    model = result.prepared.skeleton.auto_class.from_pretrained(
         folder, dtype=job.dtype, device_map=str(job.device), trust_remote_code=job.trust_remote_code
     )
     with torch.no_grad():

@@ -42,6 +42,10 @@ class Job:
     dtype: torch.dtype
     dtype_measured: bool = False
     quant_lm_head: bool = False
+    quant_nontext_module: bool = False
+    processor: Any | None = None
+    ignore_layers: tuple[str, ...] = ()
+    to_quant_block_names: tuple[str, ...] = ()
     trust_remote_code: bool = False
     max_memory: int | None = None
     activations_on_disk: bool = False

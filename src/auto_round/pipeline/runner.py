@@ -5,22 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from auto_round.calibrate.dataset import CalibrationSet
-from auto_round.calibrate.walker import LoadedBlock, Walk, head_inputs, walk
+from auto_round.calibrate.front import Walk
+from auto_round.calibrate.walker import LoadedBlock, head_inputs, walk
 from auto_round.errors import AutoRoundError
 from auto_round.pipeline.inspection import examine
 from auto_round.pipeline.job import Prepared
 from auto_round.pipeline.needs import Needs, fewer, micro_batched
+from auto_round.pipeline.planning import head_name
 from auto_round.qtensor import QTensor
 from auto_round.runtime.device import peak_device_bytes, peak_resident_bytes, release_cached
 from auto_round.runtime.events import BlockStats, Listener
 from auto_round.runtime.journal import Journal
 from auto_round.runtime.rng import generator_for
+from auto_round.source.blocks import text_names
 from auto_round.tune.alone import quantise_alone
 from auto_round.tune.block import Activations, BlockTask, TunedBlock, tune_block
 from auto_round.tune.moments import Moments
@@ -72,12 +76,21 @@ class Runner:
             if self._complete():
                 return [stats for index in range(len(self._prepared.blocks)) if (stats := self._kept(index))]
             finished, final = [], None
-            for loaded in walk(self._skeleton, self._prepared.blocks, calibration.tokens, settings):
+            for loaded in walk(self._skeleton, self._prepared.blocks, calibration.tokens, settings, calibration.beside):
+                if mask is not None and loaded.inputs.shape[1] != mask.shape[1]:
+                    self._listener.warn("this model adds tokens of its own; padding counts as text then")
+                    mask = None
                 finished.append(self._restored(loaded) or self._tune_one(loaded, mask))
                 final = loaded.inputs if settings.quantised_inputs else loaded.targets
                 release_cached(job.device)
             if self._prepared.outside and final is not None:
                 self._heads(calibration, final, settings)
+        unreached = sum(stats.unreached for stats in finished)
+        if unreached:
+            self._listener.warn(
+                f"{unreached} layers were reached by no calibration token and are quantised from their weights alone; "
+                "more samples (nsamples, seqlen) reach more experts"
+            )
         return finished
 
     @contextmanager
@@ -106,7 +119,7 @@ class Runner:
     def _restored(self, loaded: LoadedBlock) -> BlockStats | None:
         """Give a block that is done already its codes' weights; None when it is not done."""
         stats = self._kept(loaded.index)
-        if stats is not None:
+        if stats is not None and loaded.run is not None:
             for name, linear in loaded.linears.items():
                 if name in self._plan.quantised:
                     linear.weight.data.copy_(self._journal.get(name).dequantize())
@@ -130,6 +143,10 @@ class Runner:
         planned = {name: linear for name, linear in loaded.linears.items() if name in self._plan.quantised}
         if not planned:
             return self._finish({}, self._stats(loaded.index, loaded.name, 0, begin, None))
+        if loaded.run is None:  # a block for images, on text
+            tensors = {name: self._alone(name, None) for name in planned}
+            stats = self._stats(loaded.index, loaded.name, len(planned), begin, None)
+            return self._finish(tensors, replace(stats, unreached=len(planned)))
         task = BlockTask(
             run=loaded.run,
             linears=planned,
@@ -173,16 +190,22 @@ class Runner:
         return None
 
     def _heads(self, calibration: CalibrationSet, final: Tensor, settings: Walk) -> None:
-        """Layers behind the blocks: range search and compensated rounding on their real inputs, no steps."""
-        done = {}
+        """Layers outside the blocks: range search and compensated rounding on their real inputs, no steps.
+
+        What does not run on text (vision) is quantised from its weights alone.
+        """
+        text, done = text_names(self._skeleton.model, self._prepared.outside), {}
         for name in self._prepared.outside:
             head = self._skeleton.model.get_submodule(name)
             assert isinstance(head, nn.Linear)
             moments = Moments({name: head})
-            batches = head_inputs(self._skeleton, self._prepared.blocks, calibration.tokens, final, head, settings)
-            for rows, inputs in batches:
-                moments.next_batch(calibration.mask[rows].to(inputs.device))
-                moments.observe(name, inputs)
+            if name in text or name == head_name(self._skeleton):
+                blocks, tokens = self._prepared.blocks, calibration.tokens
+                for rows, inputs in head_inputs(
+                    self._skeleton, blocks, tokens, final, head, settings, calibration.beside
+                ):
+                    moments.next_batch(calibration.mask[rows].to(inputs.device))
+                    moments.observe(name, inputs)
             done[name] = self._alone(name, moments.of(name))
         self._journal.put(OUTSIDE, done)
 
@@ -207,6 +230,7 @@ class Runner:
             kept_iteration=tuned.kept_iteration if tuned else 0,
             seconds=time.perf_counter() - begin,
             peak_bytes=peak_device_bytes(self._job.device) or peak_resident_bytes(),
+            unreached=len(tuned.unreached) if tuned else 0,
         )
 
 

@@ -5,14 +5,12 @@ Sources: the loaders of vLLM 0.33 (`inc`, GPTQ, AWQ and WNA16 linear methods), S
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from auto_round.spec.fusions import broken_fusions
 from auto_round.spec.plan import LayerPlan, Plan
 
-# Projections that vLLM and SGLang load as one matrix, so that their parts must be quantised alike.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 MARLIN_GROUPS = (-1, 32, 64, 128)
 GPTQ_LIKE = ("auto_round", "auto_gptq")
 
@@ -34,27 +32,10 @@ def readers(plan: Plan, format_name: str) -> list[Reader]:
     ]
 
 
-def fused_conflicts(plan: Plan) -> list[str]:
-    """One sentence for each set of projections that is loaded as one but not quantised alike."""
-    parts: dict[tuple[str, tuple[str, ...]], dict[str, LayerPlan]] = defaultdict(dict)
-    for layer in plan.layers:
-        parent, _, leaf = layer.name.rpartition(".")
-        for names in FUSED:
-            if leaf in names:
-                parts[parent, names][leaf] = layer
-    sentences = []
-    for (parent, _), layers in parts.items():
-        schemes = {leaf: layer.scheme.name if layer.scheme else "kept" for leaf, layer in layers.items()}
-        if len(set(schemes.values())) > 1:
-            told = ", ".join(f"{leaf} {scheme}" for leaf, scheme in schemes.items())
-            sentences.append(f"{parent}: {told} are loaded as one matrix and must be alike")
-    return sentences
-
-
 def _vllm(plan: Plan, family: str) -> str | None:
     if family == "gguf":
         return None
-    return next(iter(fused_conflicts(plan)), None) or _first(plan, lambda layer: _vllm_layer(layer, plan, family))
+    return next(iter(broken_fusions(plan)), None) or _first(plan, lambda layer: _vllm_layer(layer, plan, family))
 
 
 def _vllm_layer(layer: LayerPlan, plan: Plan, family: str) -> str | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import auto_round
 from auto_round.calibrate.dataset import CalibrationSet
 from auto_round.formats.base import Export, Format
 from auto_round.pipeline.job import Prepared, Quantised
+from auto_round.pipeline.planning import untied
 from auto_round.qtensor import QTensor
 
 
@@ -43,7 +45,7 @@ def export_of(prepared: Prepared, data: CalibrationSet | None, tensor: Callable[
     }
     return Export(
         checkpoint=prepared.source.checkpoint,
-        config=prepared.source.raw_config,
+        config=_config(prepared),
         plan=prepared.plan,
         stored_names=prepared.stored_names,
         replaced={stored: name for name, stored in prepared.stored_names.items()},
@@ -51,4 +53,20 @@ def export_of(prepared: Prepared, data: CalibrationSet | None, tensor: Callable[
         weight=lambda name: tensor(name).dequantize(),
         extra=prepared.source.extra_files,
         provenance={key: value for key, value in provenance.items() if value is not None},
+        transposed=frozenset(n for n in prepared.plan.quantised if _is_transposed(prepared, n)),
     )
+
+
+def _is_transposed(prepared: Prepared, name: str) -> bool:
+    view = prepared.skeleton.slices.get(f"{name}.weight")
+    return view is not None and view.transposed and view.expert is None
+
+
+def _config(prepared: Prepared) -> dict[str, Any]:
+    """The source's config.json, which must not tie what the output holds twice."""
+    config = prepared.source.raw_config
+    if untied(prepared.plan, prepared.skeleton):
+        config["tie_word_embeddings"] = False
+        if isinstance(config.get("text_config"), dict):
+            config["text_config"]["tie_word_embeddings"] = False
+    return config

@@ -27,7 +27,7 @@ def signature(prepared: Prepared, calibration: CalibrationSet | None) -> dict[st
     job, source = prepared.job, prepared.source
     layers = {layer.name: layer.scheme.name if layer.scheme else "kept" for layer in prepared.plan.layers}
     return {
-        "weights sha256": fingerprint(source.checkpoint),
+        "weights sha256": fingerprint(prepared.skeleton.checkpoint),
         "config.json sha256": hash_files([source.folder / "config.json"]),
         "other files sha256": hash_files(source.extra_files),
         "calibration": None if calibration is None else calibration.source,

@@ -79,7 +79,7 @@ def _tuning(job: Job, scheme: Scheme, width: int, tokens: int, iters: int) -> fl
     linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
     weights = {name: torch.randn(width, width, generator=draw).mul_(0.02) for name in linears}
     inputs = torch.randn(1, tokens, width, generator=draw).to(job.device, job.dtype)
-    task = BlockTask(block, linears, weights, dict.fromkeys(linears, scheme))
+    task = BlockTask(lambda hidden, _: block(hidden), linears, weights, dict.fromkeys(linears, scheme))
     with torch.no_grad():
         targets = block(inputs)
     recipe = replace(job.recipe, iters=iters, batch_size=1, gradient_accumulate_steps=1, enable_torch_compile=False)

@@ -15,6 +15,7 @@ class BlockStats:
     none are held out), with the starting codes and with those kept; loss_plain: the same with plain rounding. None
     where nothing was measured (round-to-nearest without calibration).
     kept_iteration: the step whose codes were kept, 0 being the start.
+    unreached: layers that no calibration token came to (experts), quantised from their weights alone.
     seconds: wall time. peak_bytes: peak memory of the process so far (resident; the device's own on an accelerator).
     """
 
@@ -27,6 +28,7 @@ class BlockStats:
     kept_iteration: int
     seconds: float
     peak_bytes: int
+    unreached: int = 0
 
 
 class Listener(Protocol):

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 from torch import nn
 
 from auto_round.errors import SourceError
+from auto_round.source.quirks import quirk
+
+
+def is_linear(module: nn.Module) -> bool:
+    """True for a module that computes x @ W^T + b and nothing else."""
+    return type(module) is nn.Linear or (isinstance(module, nn.Linear) and _name(module) in quirk("classes", "linear"))
+
+
+def _name(module: nn.Module) -> str:
+    return type(module).__name__
 
 
 def linear_weights(module: nn.Module) -> int:
@@ -16,6 +29,7 @@ def find_block_lists(model: nn.Module) -> list[str]:
     """Return the name of the module list whose entries are the blocks, such as ["model.layers"].
 
     A candidate is a ModuleList with Linears in it that lies in no other candidate; the heaviest one is the decoder.
+    In a model with vision or audio beside text, only what lies in its text model counts.
     Raises SourceError when the model has none.
     """
     weights: dict[str, int] = {}
@@ -23,9 +37,19 @@ def find_block_lists(model: nn.Module) -> list[str]:
         inside = any(name.startswith(outer + ".") for outer in weights)
         if isinstance(module, nn.ModuleList) and not inside and linear_weights(module):
             weights[name] = linear_weights(module)
+    text = text_names(model, weights)
+    weights = {name: count for name, count in weights.items() if name in text} or weights
     if not weights:
         raise SourceError(f"{type(model).__name__} holds no list of blocks with Linear layers, so nothing can be tuned")
     return [max(weights, key=lambda name: weights[name])]
+
+
+def text_names(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Those of `names` (of modules) that lie in the text model: all of them unless the model has other parts."""
+    decoder = getattr(model, "get_decoder", lambda: model)()  # transformers' models
+    prefix = next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
+    other = [re.compile(pattern) for pattern in quirk("names", "nontext")]
+    return {name for name in names if name.startswith(prefix) and not any(p.search(name) for p in other)}
 
 
 def block_names(model: nn.Module, block_lists: list[str]) -> list[str]:
@@ -34,5 +58,21 @@ def block_names(model: nn.Module, block_lists: list[str]) -> list[str]:
 
 
 def linears_in(module: nn.Module, prefix: str = "") -> dict[str, nn.Linear]:
-    """Return the Linears of `module` by name, each name with `prefix` in front. Subclasses are left out."""
-    return {prefix + name: m for name, m in module.named_modules() if type(m) is nn.Linear}
+    """Return the Linears of `module` by name, each name with `prefix` in front."""
+    return {prefix + name: m for name, m in module.named_modules() if isinstance(m, nn.Linear) and is_linear(m)}
+
+
+def kept_by_default(block: nn.Module, prefix: str = "") -> dict[str, str]:
+    """Linears in `block` that stay as they are unless a rule names them, with the reason.
+
+    Routers and gates of experts have few outputs, on which all else depends.
+    """
+    found = {prefix + name: "the model reads its weight directly" for name in _matching(block, "read_directly")}
+    if any("expert" in f"{name} {_name(module)}".lower() for name, module in block.named_modules()):
+        found.update({prefix + name: "chooses experts" for name in _matching(block, "routers")})
+    return found
+
+
+def _matching(block: nn.Module, kind: str) -> list[str]:
+    patterns = [re.compile(pattern) for pattern in quirk("names", kind)]
+    return [name for name in linears_in(block) if any(pattern.search(name) for pattern in patterns)]

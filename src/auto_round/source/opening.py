@@ -10,7 +10,14 @@ from typing import Any
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from auto_round.errors import SourceError
 from auto_round.source.checkpoint import Checkpoint
@@ -66,15 +73,21 @@ def extra_files(folder: Path) -> tuple[Path, ...]:
 
 
 def open_source(
-    model: str | Path | PreTrainedModel, tokenizer: Any | None, scratch: Path, *, trust_remote_code: bool = False
+    model: str | Path | PreTrainedModel,
+    tokenizer: Any | None,
+    scratch: Path,
+    *,
+    processor: Any | None = None,
+    trust_remote_code: bool = False,
 ) -> Source:
     """Open `model`, unpacking it below `scratch` when it is not a folder of safetensors already.
 
+    processor: that of a vision-language model, saved beside a loaded model; its tokenizer is used when none is given.
     Raises SourceError naming what is missing or damaged, or when the model is quantised already.
     """
     if isinstance(model, PreTrainedModel):
         title = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
-        folder = _save_loaded(model, tokenizer, scratch / "source")
+        folder = _save_loaded(model, processor or tokenizer, scratch / "source")
     else:
         title = str(model)
         folder = _folder_of(Path(model).expanduser(), title, scratch)
@@ -87,7 +100,8 @@ def open_source(
     checkpoint = Checkpoint(folder)
     _check_sizes(config, checkpoint)
     if tokenizer is None:
-        tokenizer = _tokenizer_of(folder, trust_remote_code)
+        # A processor keeps its tokenizer there; image processors have none.
+        tokenizer = getattr(processor, "tokenizer", None) or _tokenizer_of(folder, trust_remote_code)
     return Source(title, folder, checkpoint, config, tokenizer)
 
 
@@ -148,3 +162,11 @@ def _tokenizer_of(folder: Path, trust_remote_code: bool) -> Any | None:
         return None
     with foreign(f"{folder}: its tokenizer cannot be loaded"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def processor_of(folder: Path, *, trust_remote_code: bool) -> Any | None:
+    """The processor beside a vision-language model's weights; None when there is none that can be opened."""
+    try:
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError):
+        return None

@@ -7,41 +7,79 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from auto_round.errors import SourceError
 from auto_round.source.checkpoint import Checkpoint
 from auto_round.source.foreign import foreign
+from auto_round.source.fused import Slice, find_fused, open_fused
+from auto_round.source.naming import Naming, Origin
 
 
 class Skeleton:
     """A model whose parameters are on the meta device, and the checkpoint they come from.
 
-    Buffers that are computed and not stored (rotary frequencies) are real from the start.
+    Buffers that are computed and not stored (rotary frequencies) are real from the start. Parameters that are Linears
+    in all but name are Linears here (see fused.py).
     """
 
     def __init__(self, config: PretrainedConfig, checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> None:
-        """Build the tree; raise SourceError when transformers has no causal language model for the config."""
+        """Build the tree; raise SourceError when transformers has no language model for the config."""
         self.checkpoint = checkpoint
+        self.auto_class = auto_class(config)
         building = foreign(f"{checkpoint.folder}: the model of its config cannot be built")
         with building, init_empty_weights(include_buffers=False), no_init_weights():
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            self.model: PreTrainedModel = self.auto_class.from_config(config, trust_remote_code=trust_remote_code)
         self.model.eval().requires_grad_(False)
-        self.model.config.use_cache = False
-        self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        self._buffers = dict(self.model.named_buffers())
-        self._ties = {name: source for name, source in _tied(self.model).items() if source in self._parameters}
-        self._prefix = self.model.base_model_prefix + "."
+        for module in self.model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config.use_cache = False
+        state = {**dict(self.model.named_parameters(remove_duplicate=False)), **dict(self.model.named_buffers())}
+        self.naming = Naming(self.model, state, checkpoint)
+        self._shapes = {name: tensor.shape for name, tensor in state.items()}
+        self._ties = {name: source for name, source in _tied(self.model).items() if source in state}
+        self.slices: dict[str, Slice] = {}
+        fused = find_fused(self.model, self.naming.converters)
+        for item in fused:
+            self.slices.update({f"{name}.weight": view for name, view in item.slices.items()})
+        open_fused(self.model, fused, lambda module: module.weight)  # type: ignore[arg-type, return-value]
+        self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        self._stack: tuple[str, Tensor] = ("", torch.empty(0))
+
+    def origin(self, name: str) -> Origin | None:
+        """Where the parameter `name` of transformers' model comes from; a tied one has one tensor for all its names."""
+        found = (self.naming.origins.get(candidate) for candidate in self._aliases(name))
+        return next((origin for origin in found if origin is not None), None)
+
+    def _aliases(self, name: str) -> list[str]:
+        source = self._ties.get(name, name)
+        return [name, source, *(target for target, other in self._ties.items() if other == source)]
 
     def stored_name(self, name: str) -> str | None:
-        """Return what the checkpoint calls the parameter `name`, or None if it holds no such tensor.
+        """Return the tensor of the checkpoint that is the parameter `name` as it stands, or None.
 
-        Checkpoints of the bare base model lack its prefix; tied parameters are stored under one of their names.
+        It is None also for what transformers computes from other tensors. A Conv1D's tensor is the transposed weight.
         """
-        candidates = [name, self._ties.get(name, name)]
-        candidates += [c.removeprefix(self._prefix) for c in candidates] + [self._prefix + c for c in candidates]
-        return next((c for c in candidates if c in self.checkpoint), None)
+        if name in self.naming.merged:
+            return self.naming.merged[name]
+        view = self.slices.get(name)
+        if view is not None and view.expert is not None:
+            return None
+        origin = self.origin(name)
+        return origin.keys[0][0] if origin is not None and origin.converter is None else None
+
+    def is_stacked(self, layer: str) -> bool:
+        """True when `layer` is one expert of a stack that the checkpoint holds as one tensor."""
+        view = self.slices.get(f"{layer}.weight")
+        return view is not None and view.expert is not None and f"{layer}.weight" not in self.naming.merged
+
+    def sources(self, name: str) -> list[str]:
+        """All tensors of the checkpoint from which the parameter `name` is read."""
+        if name in self.naming.merged:
+            return [self.naming.merged[name]]
+        origin = self.origin(self.slices[name].parameter if name in self.slices else name)
+        return [key for key, _ in origin.keys] if origin is not None else []
 
     def is_tied(self, name: str) -> bool:
         """True when parameter `name` is another parameter's weight under a second name."""
@@ -49,18 +87,39 @@ class Skeleton:
 
     def missing(self) -> list[str]:
         """Names of parameters that the checkpoint does not hold."""
-        return [name for name in self._parameters if self.stored_name(name) is None]
+        return [name for name in self.parameters if not self.sources(name)]
 
     def weight(self, name: str) -> Tensor:
-        """Read the tensor of parameter `name` as it is stored; raise SourceError when missing or of another shape."""
-        stored = self.stored_name(name)
-        if stored is None:
+        """Read the parameter `name` in its stored dtype; raise SourceError when missing or of another shape."""
+        if name in self.naming.merged and name in self.parameters:
+            tensor = self.checkpoint.tensor(self.naming.merged[name])
+            self._check(name, self.naming.merged[name], tensor, self.parameters[name].shape)
+            return tensor
+        view = self.slices.get(name)
+        if view is None:
+            return self._whole(name)
+        if self._stack[0] != view.parameter:  # the experts of a stack are asked for one after the other
+            self._stack = view.parameter, self._whole(view.parameter)
+        return view.of(self._stack[1]).contiguous()
+
+    def _whole(self, name: str) -> Tensor:
+        """Read a parameter of transformers' model, in the shape it has there."""
+        origin = self.origin(name)
+        if origin is None:
             raise SourceError(f"{self.checkpoint.folder}: the checkpoint holds no tensor for {name!r}")
-        tensor = self.checkpoint.tensor(stored)
-        if tensor.shape != self._parameters[name].shape:
-            expected = list(self._parameters[name].shape)
-            raise SourceError(f"tensor {stored!r} has shape {list(tensor.shape)}, the model's config says {expected}")
+        if origin.converter is None:
+            stored = origin.keys[0][0]
+            tensor = self.checkpoint.tensor(stored)
+        else:
+            stored, made = name, self.naming.convert(origin, self.checkpoint.tensor)
+            tensor = next(made[alias] for alias in self._aliases(name) if alias in made)
+        self._check(name, stored, tensor, self._shapes[name])
         return tensor
+
+    def _check(self, name: str, stored: str, tensor: Tensor, shape: torch.Size) -> None:
+        if tensor.shape != shape:
+            found, expected = list(tensor.shape), list(shape)
+            raise SourceError(f"tensor {stored!r} has shape {found}, the model's config says {expected}")
 
     def load(self, module: nn.Module, name: str, dtype: torch.dtype, device: torch.device) -> None:
         """Give every parameter of `module` (called `name` in the model) its weights, in `dtype` on `device`."""
@@ -70,9 +129,9 @@ class Skeleton:
                 value = value.to(device, dtype) if value.is_floating_point() else value.to(device)
                 owner._parameters[key] = nn.Parameter(value, requires_grad=False)
             elif owner._buffers.get(key) is not None:
-                stored = self.stored_name(path)
-                buffer = owner._buffers[key] if stored is None else self.checkpoint.tensor(stored)
+                buffer = owner._buffers[key] if self.origin(path) is None else self._whole(path)
                 owner._buffers[key] = buffer.to(device)  # type: ignore[union-attr]
+        self._stack = ("", torch.empty(0))
 
     def free(self, module: nn.Module, name: str) -> None:
         """Put every parameter of `module` back on the meta device."""
@@ -80,6 +139,19 @@ class Skeleton:
             parameter = owner._parameters.get(key)
             if parameter is not None:
                 owner._parameters[key] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The Auto class that opens the model: by the class named in its config, else the first that knows the config."""
+    named = (getattr(config, "architectures", None) or [None])[0]
+    known = []
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping:
+            known.append(auto)
+            classes = auto._model_mapping[type(config)]
+            if named in {c.__name__ for c in (classes if isinstance(classes, tuple) else (classes,))}:
+                return auto
+    return known[0] if known else AutoModelForCausalLM
 
 
 def _slots(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module, str]]:
@@ -93,5 +165,4 @@ def _slots(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module, str]]:
 
 def _tied(model: Any) -> dict[str, str]:
     """Tied parameters, target name -> source name. transformers 5 keeps them in `all_tied_weights_keys`."""
-    tied = getattr(model, "all_tied_weights_keys", None)
-    return dict(tied) if tied and model.config.tie_word_embeddings else {}
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from auto_round.errors import SpecError
@@ -119,12 +120,14 @@ def make_plan(
     scheme: Scheme,
     layer_config: Mapping[str, Rule],
     refuse: Callable[[LinearShape, Scheme], str | None],
+    kept: Mapping[str, str] = MappingProxyType({}),
 ) -> Plan:
     """Resolve the rules for every Linear.
 
     inside: Linears in the blocks, quantised unless a rule says otherwise. outside: Linears elsewhere (lm_head), kept
     unless a rule names them. layer_config: pattern -> dict of scheme keys, preset name, Scheme, or "keep"; later rules
-    win. refuse: why the output format cannot hold a layer in a scheme, or None.
+    win. refuse: why the output format cannot hold a layer in a scheme, or None. kept: layers in the blocks that stay as
+    they are unless a rule names them, with the reason.
     Raises SpecError for a rule that is wrong or matches nothing, or when nothing is left to quantise.
     """
     shapes = [*inside, *outside]
@@ -132,6 +135,7 @@ def make_plan(
     chosen: dict[str, tuple[Scheme | None, str]] = {
         s.name: (scheme, "in a block") if s.name in inner else (None, "outside the blocks") for s in shapes
     }
+    chosen.update({name: (None, reason) for name, reason in kept.items()})
     for pattern, rule in layer_config.items():
         for name in matcher(pattern, list(chosen)):
             chosen[name] = (apply_rule(chosen[name][0] or scheme, rule, pattern), f"layer_config {pattern!r}")

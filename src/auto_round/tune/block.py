@@ -40,24 +40,29 @@ class Activations:
 
 @dataclass(frozen=True)
 class TunedBlock:
-    """Codes of every Linear of a block by name, and the losses that BlockStats describes."""
+    """Codes of every Linear of a block by name, and the losses that BlockStats describes.
+
+    unreached: Linears that no calibration token came to (experts), whose start knows their weights alone.
+    """
 
     tensors: dict[str, QTensor]
     loss_plain: float
     loss_start: float
     loss_end: float
     kept_iteration: int
+    unreached: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class BlockTask:
     """One block to tune.
 
-    run: hidden states (batch, tokens, hidden) -> the block's output of the same shape. linears: the Linears to
-    quantise, whose weights `run` reads. weights: their exact weights (out, in). schemes: one for each Linear.
+    run: hidden states (batch, tokens, hidden) of the samples whose indices (batch,) int64 are given -> the block's
+    output of the same shape. linears: the Linears to quantise, whose weights `run` reads. weights: their exact weights
+    (out, in). schemes: one for each Linear.
     """
 
-    run: Callable[[Tensor], Tensor]
+    run: Callable[[Tensor, Tensor], Tensor]
     linears: Mapping[str, nn.Linear]
     weights: Mapping[str, Tensor]
     schemes: Mapping[str, Scheme]
@@ -67,7 +72,7 @@ def masked_square_error(output: Tensor, target: Tensor, mask: Tensor | None) -> 
     """Sum of squared differences in float32 over the tokens of `mask` (all when None)."""
     difference = output.float() - target.float()
     if mask is not None:
-        difference = difference * mask[..., None]
+        difference = difference * mask.reshape(*mask.shape, *[1] * (difference.dim() - 2))
     return difference.square().sum()
 
 
@@ -92,11 +97,12 @@ def tune_block(
     def loss() -> float:
         return evaluate(task, activations, judge, recipe.batch_size, device)
 
-    layers = _start_layers(task, activations, recipe, device, plain=True)
+    layers, _ = _start_layers(task, activations, recipe, device, plain=True)
+    unreached: tuple[str, ...] = ()
     _write(task, layers)
     loss_plain = loss()
     if recipe.start != "plain":
-        layers = _start_layers(task, activations, recipe, device, plain=False)
+        layers, unreached = _start_layers(task, activations, recipe, device, plain=False)
         _write(task, layers)
     loss_start = loss() if recipe.start != "plain" else loss_plain
     best, best_loss, kept = _snapshot(layers), loss_start, 0
@@ -110,7 +116,7 @@ def tune_block(
                 best, best_loss, kept = _snapshot(layers), current, iteration
     for name, tensor in best.items():
         task.linears[name].weight.data.copy_(tensor.dequantize())
-    return TunedBlock(best, loss_plain, loss_start, best_loss, kept)
+    return TunedBlock(best, loss_plain, loss_start, best_loss, kept, unreached)
 
 
 @torch.no_grad()
@@ -119,15 +125,15 @@ def evaluate(task: BlockTask, activations: Activations, rows: Tensor, batch_size
     total = torch.zeros((), device=device, dtype=torch.float64)
     for batch in rows.split(batch_size):
         inputs, targets, mask = activations.pick(batch, device)
-        total += masked_square_error(task.run(inputs), targets, mask)
+        total += masked_square_error(task.run(inputs, batch), targets, mask)
     return float(total) / _values(activations, rows)
 
 
 def _values(activations: Activations, rows: Tensor) -> int:
     """How many output values of the samples `rows` count."""
-    _, tokens, hidden = activations.targets.shape
+    tokens, per_token = activations.targets.shape[1], activations.targets[0, 0].numel()
     counted = len(rows) * tokens if activations.mask is None else int(activations.mask[rows].sum())
-    return max(counted, 1) * hidden
+    return max(counted, 1) * per_token
 
 
 def _is_finite(value: float) -> bool:
@@ -137,7 +143,8 @@ def _is_finite(value: float) -> bool:
 @torch.no_grad()
 def _start_layers(
     task: BlockTask, activations: Activations, recipe: Recipe, device: torch.device, *, plain: bool
-) -> dict[str, TunedLayer]:
+) -> tuple[dict[str, TunedLayer], tuple[str, ...]]:
+    """The layers at their start, and the names of those that no token reached (none are known for the plain one)."""
     kind = "plain" if plain else recipe.start
     moments = Moments(task.linears)
     if kind != "plain":
@@ -147,7 +154,7 @@ def _start_layers(
             for batch in torch.arange(activations.inputs.shape[0]).split(recipe.batch_size):
                 inputs, _, mask = activations.pick(batch, device)
                 moments.next_batch(mask)
-                task.run(inputs)
+                task.run(inputs, batch)
     layers = {}
     for name in task.linears:
         weight = task.weights[name].to(device)
@@ -156,7 +163,8 @@ def _start_layers(
             layers[name] = TunedLayer(weight, task.schemes[name], start, searched=kind != "plain")
         except AutoRoundError as error:
             raise AutoRoundError(f"layer {name!r}: {error}") from None
-    return layers
+    unreached = () if kind == "plain" else tuple(name for name in task.linears if not moments.reached(name))
+    return layers, unreached
 
 
 @torch.no_grad()
@@ -195,7 +203,7 @@ def _steps(
             total = torch.zeros((), device=device)
             for batch in rows.split(recipe.batch_size):
                 inputs, targets, mask = activations.pick(batch, device)
-                loss = masked_square_error(task.run(inputs), targets, mask) / values
+                loss = masked_square_error(task.run(inputs, batch), targets, mask) / values
                 loss.backward()
                 total += loss.detach()
             share = 1 - iteration / recipe.iters

@@ -46,6 +46,10 @@ class Moments:
         """Return the Linear whose moment `name` shares; itself when it shares none."""
         return self._owner.get(name, name)
 
+    def reached(self, name: str) -> bool:
+        """True when a token came to the layer."""
+        return bool(self._tokens.get(self.owner(name)))
+
     def of(self, name: str) -> Tensor | None:
         """Mean x x^T, (in, in) float32, or None when no token reached the layer."""
         owner = self.owner(name)

@@ -1,0 +1,182 @@
+"""Everything in front of the blocks: embeds tokens, and knows how the model calls each block for any samples.
+
+Most arguments of a block are the same whatever the tokens are (masks, rotary tables) and are kept once for each size of
+batch. Those that follow the samples (per-layer embeddings, token ids for hashed routing, positions around images) are
+found by comparing two samples, and kept for all of them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from auto_round.calibrate.capture import BlockCall, Captured, capture
+from auto_round.errors import SourceError
+from auto_round.source.skeleton import Skeleton
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How to walk: batch size of forward passes, whether blocks see the quantised chain, where to compute and in what
+    dtype, where activations live (cache: a folder for mapped files, None for memory), whether to compile the blocks'
+    forward."""
+
+    batch_size: int
+    quantised_inputs: bool
+    device: torch.device
+    dtype: torch.dtype
+    store: torch.device
+    compile: bool = False
+    cache: Path | None = None
+
+
+class _Place(NamedTuple):
+    """One tensor among the arguments of a block: index of the block, of the tensor, and its dimension of samples."""
+
+    block: int
+    leaf: int
+    dim: int
+
+
+class Front:
+    """Runs what lies in front of the blocks; after `hidden`, `call` answers for every block."""
+
+    def __init__(self, skeleton: Skeleton, block_names: Sequence[str], settings: Walk) -> None:
+        self._skeleton, self._names, self._settings = skeleton, block_names, settings
+        self._calls: dict[int, list[tuple[list[Any], TreeSpec] | None]] = {}
+        self._places: list[_Place] = []
+        self._follows: dict[_Place, Tensor] = {}
+        self._order: tuple[int, int] = (0, 1)
+
+    def hidden(self, tokens: Tensor, beside: Sequence[Mapping[str, Tensor]] = ()) -> Tensor:
+        """Hidden states (samples, tokens, ...) that enter the first block, for tokens (samples, tokens) int64.
+
+        beside: for every sample the model's other inputs, such as pixels, as for a batch of one; none when empty.
+
+        Raises SourceError when the model's hidden states have no dimensions of samples and tokens.
+        """
+        settings = self._settings
+        outside = outside_blocks(self._skeleton.model, self._names)
+        for name, module in outside:
+            self._skeleton.load(module, name, settings.dtype, settings.device)
+        if len(tokens) > 1:
+            self._compare(tokens, beside)
+        states: Tensor | None = None
+        following = dict[_Place, list[Tensor]]()
+        for begin in range(0, len(tokens), settings.batch_size):
+            rows = slice(begin, begin + settings.batch_size)
+            captured = self._capture(tokens[rows], beside[rows])
+            hidden = captured.hidden.movedim(self._order, (0, 1))
+            if states is None:
+                states = store((len(tokens), *hidden.shape[1:]), hidden.dtype, settings, "original")
+            states[rows] = hidden.to(settings.store)
+            for place in self._places:
+                leaf = _flat(captured.calls[place.block])[0][place.leaf]
+                following.setdefault(place, []).append(leaf.to(settings.store))
+        self._follows = {place: torch.cat(parts, dim=place.dim) for place, parts in following.items()}
+        for size in range(1, min(settings.batch_size, len(tokens)) + 1):
+            if size not in self._calls:
+                self._capture(tokens[:size], beside[:size])
+        for name, module in outside:
+            self._skeleton.free(module, name)
+        assert states is not None
+        return states
+
+    def _compare(self, tokens: Tensor, beside: Sequence[Mapping[str, Tensor]]) -> None:
+        """Find the dimensions of samples and tokens in hidden states, and the arguments that follow the samples."""
+        first, second, both = (self._capture(tokens[i:j], beside[i:j]) for i, j in ((0, 1), (1, 2), (0, 2)))
+        shape = both.hidden.shape
+        grown = [d for d, size in enumerate(shape) if size == 2 * first.hidden.shape[d]]
+        if not grown:
+            raise SourceError(
+                f"the blocks of {type(self._skeleton.model).__name__} take hidden states of shape {tuple(shape)} for "
+                "2 samples; a dimension of samples is needed. Recipe rtn rounds a model without running it"
+            )
+        rest = [d for d in range(len(shape)) if d != grown[0]]
+        # Some models put tokens of their own in front, or keep several streams.
+        long = [d for d in rest if shape[d] == tokens.shape[1]] or rest
+        self._order = (grown[0], long[0])
+        for block, (a, b, c) in enumerate(zip(first.calls, second.calls, both.calls, strict=True)):
+            for leaf, (x, y, z) in enumerate(zip(_flat(a)[0], _flat(b)[0], _flat(c)[0], strict=True)):
+                if isinstance(x, Tensor) and x.shape == y.shape and not torch.equal(x, y):
+                    grown = [d for d, size in enumerate(z.shape) if size == 2 * x.shape[d]]
+                    self._places += [_Place(block, leaf, grown[0])] if grown else []
+
+    def _capture(self, batch: Tensor, beside: Sequence[Mapping[str, Tensor]]) -> Captured:
+        inputs = collated(beside, self._settings.device, self._settings.dtype)
+        captured = capture(self._skeleton.model, self._names, batch.to(self._settings.device), inputs)
+        calls = [None if call is None else _flat(call) for call in captured.calls]
+        self._calls.setdefault(len(batch), calls)
+        return captured
+
+    def runs(self, block: int) -> bool:
+        """True when the model runs block number `block` on such samples."""
+        return all(calls[block] is not None for calls in self._calls.values())
+
+    def call(self, rows: Tensor, block: int) -> BlockCall:
+        """How the model calls block number `block` for the samples `rows`, int64 indices."""
+        flat = self._calls[len(rows)][block]
+        assert flat is not None
+        leaves, spec = flat
+        follows = [place for place in self._places if place.block == block]
+        if follows:
+            leaves = list(leaves)
+            for place in follows:
+                stored = self._follows[place]
+                picked = stored.index_select(place.dim, rows.to(stored.device))
+                leaves[place.leaf] = picked.to(self._settings.device)
+        args, kwargs = tree_unflatten(leaves, spec)
+        return BlockCall(args, kwargs)
+
+    def as_the_block_wants(self, hidden: Tensor) -> Tensor:
+        """(samples, tokens, ...) -> the order of dimensions in the model."""
+        return hidden.movedim((0, 1), self._order)
+
+    def as_we_keep(self, hidden: Tensor) -> Tensor:
+        """The inverse of `as_the_block_wants`."""
+        return hidden.movedim(self._order, (0, 1))
+
+
+def _flat(call: BlockCall | None) -> tuple[list[Any], TreeSpec]:
+    return tree_flatten(None if call is None else (call.args, call.kwargs))
+
+
+def collated(samples: Sequence[Mapping[str, Tensor]], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """One batch of the inputs beside the tokens: each sample's tensors one after the other, floats in `dtype`."""
+    keys = samples[0] if samples else {}
+    batch = {key: torch.cat([sample[key] for sample in samples]).to(device) for key in keys}
+    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
+
+
+def store(shape: Sequence[int], dtype: torch.dtype, settings: Walk, name: str) -> Tensor:
+    """Room for activations: memory, or a mapped file whose pages the system can write out when memory is short."""
+    if settings.cache is None:
+        return torch.empty(tuple(shape), dtype=dtype, device=settings.store)
+    settings.cache.mkdir(parents=True, exist_ok=True)
+    file, count = settings.cache / name, math.prod(shape)
+    with file.open("wb") as f:
+        # Reserved at once: a page that finds no room on a full disk later would kill the process.
+        os.posix_fallocate(f.fileno(), 0, count * dtype.itemsize)
+    return torch.from_file(str(file), shared=True, size=count, dtype=dtype).reshape(tuple(shape))
+
+
+def outside_blocks(model: nn.Module, block_names: Sequence[str]) -> list[tuple[str, nn.Module]]:
+    """Modules with parameters or buffers of their own that lie in no block and are not the output head."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()  # transformers' models
+    blocks = tuple(f"{name}." for name in block_names)
+    found = []
+    for name, module in model.named_modules():
+        own = any(True for _ in module.named_parameters(recurse=False)) or any(
+            True for _ in module.named_buffers(recurse=False)
+        )
+        if own and not f"{name}.".startswith(blocks) and module is not head:
+            found.append((name, module))
+    return found

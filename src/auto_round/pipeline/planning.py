@@ -1,0 +1,124 @@
+"""What happens to every layer: which there are, which rules apply, and what the user should know of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from auto_round.errors import SpecError
+from auto_round.formats.base import Format
+from auto_round.pipeline.job import Job
+from auto_round.registry import did_you_mean
+from auto_round.runtime.events import Listener
+from auto_round.source.blocks import find_block_lists, is_linear, kept_by_default, linears_in, text_names
+from auto_round.source.recast import output_name
+from auto_round.source.skeleton import Skeleton
+from auto_round.spec.fusions import broken_fusions
+from auto_round.spec.plan import LinearShape, Plan, Rule, make_plan
+from auto_round.spec.scheme import Scheme
+
+FUSIONS_TOLD = 4  # warnings about layers that runtimes merge; the rest are counted
+
+
+def block_lists(job: Job, skeleton: Skeleton) -> list[str]:
+    """The lists of blocks that the user names, or the one that is found."""
+    if not job.to_quant_block_names:
+        return find_block_lists(skeleton.model)
+    lists = [name for name, module in skeleton.model.named_modules() if isinstance(module, nn.ModuleList)]
+    unknown = [name for name in job.to_quant_block_names if name not in lists]
+    if unknown:
+        raise SpecError(f"to_quant_block_names: {unknown[0]!r} is no list of blocks. {did_you_mean(unknown[0], lists)}")
+    return list(job.to_quant_block_names)
+
+
+def plan_layers(job: Job, skeleton: Skeleton, lists: list[str], blocks: list[str], formats: Sequence[Format]) -> Plan:
+    """Resolve all rules; lists: names of the block lists, blocks: of the blocks in them. Raises SpecError."""
+    inside = _shapes({k: v for b in blocks for k, v in linears_in(skeleton.model.get_submodule(b), f"{b}.").items()})
+    outside = _outside(job, skeleton, blocks)
+    kept: dict[str, str] = {}
+    for block in blocks:
+        kept.update(kept_by_default(skeleton.model.get_submodule(block), f"{block}."))
+
+    dense = any(output.name == "fake" for output in formats)
+
+    def refuse(shape: LinearShape, scheme: Scheme) -> str | None:
+        if output_name(skeleton, shape.name) is None:
+            return "transformers renames this model's tensors in a way that packed ones cannot follow"
+        if dense and skeleton.is_stacked(shape.name):
+            return "its weight is stored in one stack with those of other experts, which this format does not write"
+        return next((reason for f in formats if (reason := f.refuse(shape, scheme))), None)
+
+    rules = _rules(job, skeleton, [shape.name for shape in outside])
+    plan = make_plan(inside, outside, lists, job.scheme, rules, refuse, kept)
+    for output in formats:
+        output.check(plan)
+    return plan
+
+
+def _rules(job: Job, skeleton: Skeleton, outside: list[str]) -> dict[str, Rule]:
+    """layer_config with the rules in front that flags stand for, and the layers to ignore behind."""
+    head, text = head_name(skeleton), text_names(skeleton.model, outside)
+    rules: dict[str, Rule] = {}
+    if job.quant_nontext_module:
+        rules.update({name: job.scheme for name in outside if name not in text and name != head})
+    if job.quant_lm_head:
+        if head is None:
+            raise SpecError("quant_lm_head: this model has no output head that is a Linear; leave it out")
+        rules[head] = job.scheme
+    return {**rules, **job.layer_config, **dict.fromkeys(job.ignore_layers, "keep")}
+
+
+def head_name(skeleton: Skeleton) -> str | None:
+    """Name of the output head when it is a Linear."""
+    head = skeleton.model.get_output_embeddings()
+    if head is None or not is_linear(head):
+        return None
+    name: str = next(n for n, m in skeleton.model.named_modules() if m is head)
+    return name
+
+
+def _outside(job: Job, skeleton: Skeleton, blocks: Sequence[str]) -> list[LinearShape]:
+    """Linears that lie in no block: the head, others of the text model, those of vision and audio when asked for."""
+    linears, prefixes = linears_in(skeleton.model), tuple(f"{name}." for name in blocks)
+    wanted = {*text_names(skeleton.model, linears), head_name(skeleton)}
+    return _shapes(
+        {
+            name: linear
+            for name, linear in linears.items()
+            if not name.startswith(prefixes) and (name in wanted or job.quant_nontext_module)
+        }
+    )
+
+
+def _shapes(linears: dict[str, nn.Linear]) -> list[LinearShape]:
+    return [LinearShape(name, *linear.weight.shape) for name, linear in linears.items()]
+
+
+def tell_plan(plan: Plan, skeleton: Skeleton, listener: Listener) -> None:
+    """Say what will be quantised, and warn of what the user may not expect."""
+    widths = sorted({layer.scheme.name for layer in plan.quantised.values() if layer.scheme})
+    listener.note(
+        f"{len(plan.quantised)} layers to {', '.join(widths)} ({plan.bits_per_weight():.2f} bits per weight stored)"
+    )
+    for reason in sorted({layer.reason for layer in plan.kept.values()} - {"outside the blocks"}):
+        kept = [layer.name for layer in plan.kept.values() if layer.reason == reason]
+        listener.warn(f"{len(kept)} layers are kept as they are, {kept[0]} among them: {reason}")
+    broken = broken_fusions(plan)
+    for sentence in broken[:FUSIONS_TOLD]:
+        listener.warn(sentence)
+    if len(broken) > FUSIONS_TOLD:
+        listener.warn(f"and {len(broken) - FUSIONS_TOLD} more sets of layers like these")
+    for name in untied(plan, skeleton):
+        layer = plan.quantised[name]
+        assert layer.scheme is not None
+        extra = layer.out_features * layer.in_features * layer.scheme.bits_per_weight(layer.in_features) / 8
+        listener.warn(
+            f"{name} shares its weight with the embedding; the output holds both, the embedding as it is and "
+            f"{int(extra):,} bytes more for the head (tie_word_embeddings becomes false)"
+        )
+
+
+def untied(plan: Plan, skeleton: Skeleton) -> list[str]:
+    """Quantised layers that share their weight with another in the original."""
+    return [name for name in plan.quantised if skeleton.is_tied(f"{name}.weight")]

@@ -1,0 +1,269 @@
+"""A tiny random model of each odd shape goes the whole road: tune, save, open with transformers, compare.
+
+benchmarks/architectures.py does the same for every architecture that transformers has.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import transformers as t
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from auto_round import AutoRound
+from auto_round.errors import SpecError
+from auto_round.load import fused_of
+from auto_round.spec.plan import Plan
+
+TOKENS = torch.randint(3, 90, (6, 20), generator=torch.Generator().manual_seed(0))
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+HEAD = {**SMALL, "head_dim": 16}
+EXPERTS = {**HEAD, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 16,
+}
+
+CONFIGS: dict[str, t.PretrainedConfig] = {
+    # Conv1D in place of Linear, biases, one projection for q, k and v
+    "gpt2": t.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=128, n_positions=64),
+    # a Linear class of its own, attention and MLP in parallel
+    "falcon": t.FalconConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=128),
+    # q, k, v and gate, up in one Linear each
+    "phi3": t.Phi3Config(**SMALL),
+    "qwen2": t.Qwen2Config(**SMALL, tie_word_embeddings=True),
+    # experts stored one by one and stacked when they are loaded, under other names
+    "mixtral": t.MixtralConfig(**HEAD, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": t.Qwen3MoeConfig(**EXPERTS),
+    # a shared expert with a gate, tensors of another prediction layer in real checkpoints
+    "qwen2_moe": t.Qwen2MoeConfig(**EXPERTS, shared_expert_intermediate_size=64),
+    # experts stored as stacks, inputs before outputs, with biases
+    "gpt_oss": t.GptOssConfig(**HEAD, num_local_experts=4, num_experts_per_tok=2),
+    # every expert in one batched product
+    "llama4_text": t.Llama4TextConfig(**HEAD, num_local_experts=4, num_experts_per_tok=1, intermediate_size_mlp=96),
+    # convolutions beside attention
+    "lfm2": t.Lfm2Config(**SMALL, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
+    # linear attention beside attention, experts
+    "qwen3_next": t.Qwen3NextConfig(
+        **EXPERTS,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        shared_expert_intermediate_size=64,
+    ),
+    # Mamba beside attention
+    "jamba": t.JambaConfig(
+        **SMALL,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=2,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        mamba_d_state=8,
+        mamba_dt_rank=8,
+        use_mamba_kernels=False,
+    ),
+    # low-rank projections of queries, keys and values
+    "deepseek_v3": t.DeepseekV3Config(
+        **{**EXPERTS, "num_key_value_heads": 4, "head_dim": 16},
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        first_k_dense_replace=1,
+    ),
+}
+
+
+class Tuned(NamedTuple):
+    plan: Plan
+    weights: dict[str, Tensor]
+
+
+def tiny(config: t.PretrainedConfig, auto: Any = t.AutoModelForCausalLM) -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = auto.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            nn.init.normal_(parameter, 0, parameter.shape[-1] ** -0.5)
+    return model
+
+
+def tune(folder: Path, output: Path, **changes: Any) -> Tuned:
+    settings: dict[str, Any] = {
+        "group_size": 32,
+        "iters": 2,
+        "nsamples": 6,
+        "seqlen": 20,
+        "batch_size": 2,
+        "dataset": TOKENS,
+        **changes,
+    }
+    tuner = AutoRound(folder, device="cpu", compute_dtype="float32", **settings)
+    result = tuner.quantize()
+    tuner.save_quantized(output)
+    return Tuned(result.plan, {name: result.tensor(name).dequantize() for name in result.plan.quantised})
+
+
+@torch.no_grad()
+def dequantise_into(model: nn.Module, result: Tuned) -> None:
+    slices = {name: view for item in fused_of(model) for name, view in item.slices.items()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, weight in result.weights.items():
+        target = slices[name].of(parameters[slices[name].parameter]) if name in slices else parameters[f"{name}.weight"]
+        # Four bits with compensation are near (0.15 to 0.2); a transposed or permuted weight is 1.4 away.
+        assert (weight - target).norm() < 0.3 * target.norm(), name
+        target.copy_(weight)
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, **inputs: Tensor) -> Tensor:
+    logits: Tensor = model(**{"input_ids": TOKENS, **inputs}, use_cache=False).logits
+    return logits
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_shape_of_model_is_served_as_it_was_tuned(name: str, tmp_path: Path) -> None:
+    tiny(CONFIGS[name]).save_pretrained(tmp_path / "plain")
+    result = tune(tmp_path / "plain", tmp_path / "out")
+    expected = t.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32).eval()
+    before = logits_of(expected)
+    dequantise_into(expected, result)
+    loaded = t.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, device_map="cpu").eval()
+    torch.testing.assert_close(logits_of(loaded), logits_of(expected), rtol=1e-4, atol=1e-4)
+    assert (logits_of(loaded) - before).abs().max() > 1e-3
+
+
+def test_experts_are_layers_with_the_names_of_the_checkpoint(tmp_path: Path) -> None:
+    tiny(CONFIGS["mixtral"]).save_pretrained(tmp_path / "plain")
+    stored = load_file(tmp_path / "plain" / "model.safetensors")
+    result = tune(tmp_path / "plain", tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    experts = [name for name in stored if ".experts." in name]
+    assert len(experts) == 2 * 4 * 3
+    assert all(f"{name.removesuffix('.weight')}.qweight" in written for name in experts)
+    routers = [name for name in stored if name.endswith(".gate.weight")]
+    assert len(routers) == 2
+    assert all(torch.equal(written[name], stored[name]) for name in routers)
+    assert not any(name.endswith(".gate") for name in result.plan.quantised)
+
+
+def test_an_expert_may_have_bits_of_its_own_but_not_be_kept_alone(tmp_path: Path) -> None:
+    tiny(CONFIGS["qwen3_moe"]).save_pretrained(tmp_path / "plain")
+    result = tune(tmp_path / "plain", tmp_path / "out", layer_config={"*.0.mlp.experts.1.down_proj": {"bits": 8}})
+    assert result.plan.quantised["model.layers.0.mlp.experts.1.down_proj"].scheme.bits == 8  # type: ignore[union-attr]
+    expected = t.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32).eval()
+    dequantise_into(expected, result)
+    loaded = t.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, device_map="cpu")
+    torch.testing.assert_close(logits_of(loaded), logits_of(expected), rtol=1e-4, atol=1e-4)
+    with pytest.raises(SpecError, match=r"experts\.1\.down_proj.*all experts"):
+        tune(tmp_path / "plain", tmp_path / "other", layer_config={"*.0.mlp.experts.1.down_proj": "keep"})
+    kept = tune(tmp_path / "plain", tmp_path / "kept", ignore_layers=".0.mlp.experts.*")
+    assert not any(".0.mlp.experts." in name for name in kept.plan.quantised)
+    loaded = t.AutoModelForCausalLM.from_pretrained(tmp_path / "kept", dtype=torch.float32, device_map="cpu")
+    assert torch.isfinite(logits_of(loaded)).all()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_mixed_bits_are_found_under_the_model_s_and_the_file_s_names(name: str, tmp_path: Path) -> None:
+    model = tiny(CONFIGS[name])
+    # A checkpoint of the bare model has other names too.
+    base = model.transformer if name == "gpt2" else model
+    base.save_pretrained(tmp_path / "plain")
+    result = tune(tmp_path / "plain", tmp_path / "out", layer_config={"0.attn.c_attn|0.*experts.1.": {"bits": 8}})
+    eights = [layer.name for layer in result.plan.quantised.values() if layer.scheme and layer.scheme.bits == 8]
+    assert len(eights) == (1 if name == "gpt2" else 3)
+    expected = t.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32).eval()
+    dequantise_into(expected, result)
+    loaded = t.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, device_map="cpu")
+    torch.testing.assert_close(logits_of(loaded), logits_of(expected), rtol=1e-4, atol=1e-4)
+    AutoRound(tmp_path / "plain", recipe="rtn", group_size=32, device="cpu", compute_dtype="float32").quantize_and_save(
+        tmp_path / "fake", format="fake"
+    )
+    fake = t.AutoModelForCausalLM.from_pretrained(tmp_path / "fake", dtype=torch.float32)
+    for layer, parameter in expected.named_parameters():
+        assert (fake.get_parameter(layer) - parameter).norm() < 0.4 * parameter.norm() + 1e-6, layer
+
+
+def test_experts_that_no_token_reaches_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny(t.MixtralConfig(**HEAD, num_local_experts=8, num_experts_per_tok=1)).save_pretrained(tmp_path / "plain")
+    tuner = AutoRound(
+        tmp_path / "plain",
+        group_size=32,
+        iters=1,
+        nsamples=1,
+        seqlen=2,
+        dataset=TOKENS[:1, :2],
+        device="cpu",
+        compute_dtype="float32",
+    )
+    report = tuner.quantize_and_save(tmp_path / "out")
+    assert all(block.unreached >= 6 * 3 for block in report.blocks)
+    assert (
+        f"{sum(block.unreached for block in report.blocks)} layers were reached by no calibration token" in caplog.text
+    )
+
+
+def test_lists_of_blocks_can_be_named(tmp_path: Path) -> None:
+    tiny(CONFIGS["qwen2"]).save_pretrained(tmp_path / "plain")
+    result = tune(tmp_path / "plain", tmp_path / "out", to_quant_block_names="model.layers")
+    assert result.plan.block_lists == ("model.layers",)
+    with pytest.raises(SpecError, match=r"'model\.layer' is no list of blocks.*model\.layers"):
+        tune(tmp_path / "plain", tmp_path / "other", to_quant_block_names=["model.layer"])
+
+
+def test_tensors_of_no_module_pass_through(tmp_path: Path) -> None:
+    tiny(CONFIGS["qwen2"]).save_pretrained(tmp_path / "plain")
+    file = tmp_path / "plain" / "model.safetensors"
+    tensors = load_file(file)
+    extra = {
+        "mtp.layers.0.mlp.up_proj.weight": torch.randn(64, 64).to(torch.float8_e4m3fn),
+        "model.layers.2.self_attn.q_proj.weight": torch.randn(64, 64),
+        "strange": torch.arange(5, dtype=torch.int8),
+    }
+    save_file({**tensors, **extra}, file, metadata={"format": "pt"})
+    tune(tmp_path / "plain", tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in extra.items():
+        assert written[name].dtype == tensor.dtype
+        assert torch.equal(written[name].view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_a_tied_head_is_untied_when_asked(tmp_path: Path) -> None:
+    tiny(CONFIGS["qwen2"]).save_pretrained(tmp_path / "plain")
+    result = tune(tmp_path / "plain", tmp_path / "out", quant_lm_head=True, layer_config={"lm_head": {"bits": 8}})
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    assert config["quantization_config"]["extra_config"]["lm_head"]["bits"] == 8
+    plain = t.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32, tie_word_embeddings=False)
+    with torch.no_grad():
+        plain.lm_head.weight = nn.Parameter(plain.model.embed_tokens.weight.clone())
+    dequantise_into(plain, result)
+    loaded = t.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, device_map="cpu")
+    torch.testing.assert_close(logits_of(loaded), logits_of(plain), rtol=1e-4, atol=1e-4)
+    embedding = load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(embedding, load_file(tmp_path / "plain" / "model.safetensors")["model.embed_tokens.weight"])
