@@ -42,7 +42,7 @@ def test_the_forecast_lists_every_layer_and_writes_nothing(llama_folder: Path, t
     assert schemes["model.layers.1.self_attn.q_proj"] == ("W8A16G32", "layer_config '*.q_proj'")
     assert schemes["model.layers.0.mlp.down_proj"] == ("kept", "layer_config '*.0.mlp.down_proj'")
     assert schemes["lm_head"] == ("kept", "outside the blocks")
-    assert any("q_proj W8A16G32, k_proj W4A16G32" in problem for problem in forecast.problems)
+    assert any("q_proj W8A16G32; k_proj, v_proj W4A16G32" in problem for problem in forecast.problems)
     assert forecast.formats[0].readers["transformers"] is None
     assert "alike" in str(forecast.formats[0].readers["vLLM"])
     assert list(tmp_path.iterdir()) == []

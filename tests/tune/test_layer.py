@@ -79,7 +79,7 @@ def test_better_starts_have_lower_output_error() -> None:
 
 def test_rows_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = quantise_alone(weight(), Scheme(4, 32, sym=False), "search", moment(), CPU)
-    monkeypatch.setattr("auto_round.tune.alone.ROWS", 10)
+    monkeypatch.setattr("auto_round.tune.alone.COMPENSATED_ROWS", 10)
     monkeypatch.setattr("auto_round.tune.layer.ROW_CHUNK", 500)
     assert quantise_alone(weight(), Scheme(4, 32, sym=False), "search", moment(), CPU).same(whole)
 
