@@ -100,7 +100,8 @@ def test_memory_that_is_short_is_met_or_refused(llama_folder: Path, tmp_path: Pa
     settings = {**killing.SETTINGS, "seqlen": 2048, "nsamples": 64, "batch_size": 8}
     free = AutoRound(tmp_path / "wide", **settings).plan(tmp_path / "out")
     assert (free.activations, free.samples_per_forward) == ("in memory", 8)
-    limit = free.memory["tuning"] - 2 * 64 * 2048 * 96 * 4 - 1_000_000
+    # What this process itself holds moves by tens of megabytes from one call to the next.
+    limit = free.memory["tuning"] - 2 * 64 * 2048 * 96 * 4 - 40_000_000
     less = AutoRound(tmp_path / "wide", max_memory=limit, **settings).plan(tmp_path / "out")
     assert (less.activations, less.samples_per_forward) == ("on disk", 4)
     least = AutoRound(tmp_path / "wide", max_memory=1000, **settings).plan(tmp_path / "out")
