@@ -21,6 +21,7 @@ from auto_round.formats import FORMATS, open_coded
 from auto_round.formats.base import CodedModel, Export, Format
 from auto_round.formats.planning import plan_of, provenance_of
 from auto_round.formats.shards import parse_size
+from auto_round.qtensor import from_blocks
 from auto_round.runtime.journal import Journal
 from auto_round.spec.plan import LayerPlan, LinearShape, Plan
 from auto_round.spec.scheme import ALLOWED_BITS, Scheme
@@ -214,7 +215,7 @@ def _export(model: CodedModel, plan: Plan, again: Collection[str], rounded: Jour
         plan=plan,
         stored_names={name: f"{name}.weight" for name in plan.quantised},
         replaced={stored: layer.name for layer in model.layers.values() for stored in layer.tensors},
-        tensor=lambda name: rounded.get(name) if name in again else model.codes(name),
+        tensor=lambda name: from_blocks(rounded.get(name)) if name in again else model.codes(name),
         weight=lambda name: rounded.get(name).dequantize() if name in again else model.weight(name),
         extra=model.extra,
         provenance={**provenance_of(model.settings), "converted_from": model.format},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from auto_round.errors import FormatError
 from auto_round.numerics.groups import expand_groups
+from auto_round.numerics.kpack import Fields, dequantise_blocks, pack_blocks, unpack_blocks
+from auto_round.spec.blocks import BlockScheme, block_of, integer_of
 from auto_round.spec.scheme import Scheme
 
 
@@ -108,3 +111,78 @@ class QTensor:
 def plain_g_idx(scheme: Scheme, in_features: int) -> Tensor:
     """(in,) int32: the group of each input where groups are runs of neighbours, i // group width."""
     return torch.arange(in_features, dtype=torch.int32) // scheme.group_width(in_features)
+
+
+@dataclass(frozen=True)
+class BlockTensor:
+    """A weight in GGUF blocks, as the bytes that go to the file: (out, in / block size * block bytes) uint8."""
+
+    data: Tensor
+    scheme: BlockScheme
+
+    def __post_init__(self) -> None:
+        if self.data.dtype != torch.uint8 or self.data.dim() != 2 or self.data.shape[1] % self.scheme.block_bytes:
+            raise FormatError(
+                f"blocks of {self.scheme.name} are rows of {self.scheme.block_bytes} bytes each, "
+                f"not {list(self.data.shape)} {self.data.dtype}"
+            )
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight."""
+        return self.data.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight."""
+        return self.data.shape[1] // self.scheme.block_bytes * self.scheme.size
+
+    def fields(self) -> Fields:
+        """Codes, scales and minimums."""
+        return unpack_blocks(self.data, self.scheme)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight (out, in): as llama.cpp computes it in float32, then rounded to `dtype`."""
+        return dequantise_blocks(self.fields(), self.scheme).to(dtype)
+
+    def same(self, other: BlockTensor) -> bool:
+        """True when type and bytes are identical."""
+        return self.scheme == other.scheme and torch.equal(self.data, other.data)
+
+
+QuantTensor = QTensor | BlockTensor
+
+
+def to_blocks(tensor: QuantTensor) -> BlockTensor:
+    """The same codes and scales in GGUF blocks; raise FormatError when no block type has the tensor's grid."""
+    if isinstance(tensor, BlockTensor):
+        return tensor
+    target = block_of(tensor.scheme, tensor.in_features)
+    if target is None or tensor.g_idx is not None or tensor.scales.dtype != torch.float16:
+        raise FormatError(
+            f"no GGUF type has the grid of {tensor.scheme.name} with {tensor.in_features} inputs; only symmetric "
+            "schemes of 4 and 8 bits in groups of 32 neighbours are exact (q4_0, q8_0)"
+        )
+    fields = Fields(tensor.codes, tensor.scales, None, None, None)
+    return BlockTensor(pack_blocks(fields, target), target)
+
+
+def from_blocks(tensor: QuantTensor) -> QTensor:
+    """The inverse of `to_blocks`, for q4_0 and q8_0; raise FormatError for types whose grid no scheme has."""
+    if isinstance(tensor, QTensor):
+        return tensor
+    scheme = integer_of(tensor.scheme)
+    if scheme is None:
+        raise FormatError(f"GGUF type {tensor.scheme.name} has a grid that no integer scheme has; only floats hold it")
+    fields = tensor.fields()
+    return QTensor(fields.codes, fields.d, None, scheme)
+
+
+def joined(parts: Sequence[QuantTensor]) -> QuantTensor:
+    """Rows of one weight, each part of the same scheme, put together on the host."""
+    if isinstance(parts[0], BlockTensor):
+        return BlockTensor(torch.cat([p.data for p in parts if isinstance(p, BlockTensor)]).cpu(), parts[0].scheme)
+    whole = [p for p in parts if isinstance(p, QTensor)]
+    zeros = None if parts[0].scheme.sym else torch.cat([p.zeros for p in whole if p.zeros is not None]).cpu()
+    codes, scales = torch.cat([p.codes for p in whole]).cpu(), torch.cat([p.scales for p in whole]).cpu()
+    return QTensor(codes, scales, zeros, parts[0].scheme)

@@ -9,6 +9,10 @@ from auto_round.formats.base import CodedModel, Format
 from auto_round.formats.folder import read_settings
 from auto_round.registry import Registry
 
+GGUF_FILE_TYPES = (
+    *("q2_k", "q2_k_s", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s", "q4_k_m"),
+    *("q5_0", "q5_1", "q5_k_s", "q5_k_m", "q6_k", "q8_0"),
+)
 FORMATS: Registry[Format] = Registry(
     "format",
     {
@@ -18,6 +22,7 @@ FORMATS: Registry[Format] = Registry(
         "auto_awq": "auto_round.formats.awq:FORMAT",
         "llm_compressor": "auto_round.formats.llm_compressor:FORMAT",
         "fake": "auto_round.formats.fake:FORMAT",
+        **{f"gguf:{name}": f"auto_round.formats.gguf.writer:{name.upper()}" for name in GGUF_FILE_TYPES},
     },
     FormatError,
 )

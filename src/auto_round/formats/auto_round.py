@@ -11,7 +11,7 @@ Tensors of the source that are not quantised keep their names and bytes; a quant
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from auto_round.formats.base import CodedModel, Export
 from auto_round.formats.config import LAYOUTS, CheckpointConfig
 from auto_round.formats.folder import folder_sizes, method_of, open_folder, prove_codes, read_settings, write_folder
 from auto_round.formats.layouts import AWQ, GPTQ_RAW
+from auto_round.spec.blocks import BlockScheme, not_integer
 from auto_round.spec.plan import LinearShape, Plan
 from auto_round.spec.scheme import Scheme
 
@@ -79,9 +80,15 @@ class AutoRoundFormat:
     name = "auto_round"
     holds_act_order = False
 
+    def prescribe(
+        self, layers: Sequence[LinearShape], config: Mapping[str, Any], tokenizer: Any | None
+    ) -> Mapping[str, BlockScheme | None]:
+        """Nothing: the user's schemes are taken."""
+        return {}
+
     def refuse(self, shape: LinearShape, scheme: Scheme) -> str | None:
         """The GPTQ layouts hold every scheme as long as both dimensions are multiples of 32."""
-        return GPTQ_RAW.refuse(scheme, shape.out_features, shape.in_features)
+        return not_integer(scheme) or GPTQ_RAW.refuse(scheme, shape.out_features, shape.in_features)
 
     def check(self, plan: Plan) -> None:
         """Every mix of schemes, and the head, can be said."""

@@ -7,7 +7,7 @@ file, and none of them has to know the symmetric scheme. ``sym`` says it to thos
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from auto_round.formats.base import CodedModel, Export
 from auto_round.formats.config import CheckpointConfig
 from auto_round.formats.folder import folder_sizes, method_of, open_folder, prove_codes, read_settings, write_folder
 from auto_round.formats.layouts import AWQ
+from auto_round.spec.blocks import BlockScheme, not_integer
 from auto_round.spec.plan import LinearShape, Plan
 from auto_round.spec.scheme import Scheme
 
@@ -28,9 +29,15 @@ class AwqFormat:
     name = "auto_awq"
     holds_act_order = False
 
+    def prescribe(
+        self, layers: Sequence[LinearShape], config: Mapping[str, Any], tokenizer: Any | None
+    ) -> Mapping[str, BlockScheme | None]:
+        """Nothing: the user's schemes are taken."""
+        return {}
+
     def refuse(self, shape: LinearShape, scheme: Scheme) -> str | None:
         """4 bits, groups that divide the inputs, dimensions that are multiples of 32."""
-        return AWQ.refuse(scheme, shape.out_features, shape.in_features)
+        return not_integer(scheme) or AWQ.refuse(scheme, shape.out_features, shape.in_features)
 
     def check(self, plan: Plan) -> None:
         """One scheme, in the blocks only."""

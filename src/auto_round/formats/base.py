@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from auto_round.qtensor import QTensor
+from auto_round.qtensor import BlockTensor, QTensor
 from auto_round.source.checkpoint import Checkpoint
+from auto_round.spec.blocks import BlockScheme
 from auto_round.spec.plan import LinearShape, Plan
 from auto_round.spec.scheme import Scheme
 
@@ -24,6 +25,8 @@ class Export:
     source tensor -> the layer whose own tensors stand in its place; tensor: the codes of a layer; weight: its weight
     (out, in) float32; extra: files to copy beside the weights; provenance: what made the model (iters, seed, data),
     recorded in the folder. act_order: some codes have a g_idx. transposed: layers whose source tensor is (in, out).
+    title: what the user called the model; tokenizer: as transformers loads it, None when there is none. blocks: a
+    layer's GGUF blocks, where layers were quantised in such.
     """
 
     checkpoint: Checkpoint
@@ -37,6 +40,9 @@ class Export:
     provenance: Mapping[str, Any]
     act_order: bool = False
     transposed: frozenset[str] = frozenset()
+    title: str = "model"
+    tokenizer: Any | None = None
+    blocks: Callable[[str], BlockTensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,15 @@ class Format(Protocol):
 
     name: str
     holds_act_order: bool
+
+    def prescribe(
+        self, layers: Sequence[LinearShape], config: Mapping[str, Any], tokenizer: Any | None
+    ) -> Mapping[str, BlockScheme | None]:
+        """Give the schemes by layer that the format itself prescribes, None to keep; empty to take the user's.
+
+        config: config.json as parsed. Raises FormatError, before any work, for a model the format cannot hold at all.
+        """
+        ...
 
     def refuse(self, shape: LinearShape, scheme: Scheme) -> str | None:
         """Say why the format cannot hold such a layer, or None. Asked before any work."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from auto_round.formats.base import CodedModel, Export
 from auto_round.formats.folder import write_json
 from auto_round.formats.shards import Piece, Slot, copied, shard_sizes, tensor_bytes, write_shards
 from auto_round.source.checkpoint import DTYPE_NAMES, DTYPES, Checkpoint
+from auto_round.spec.blocks import BlockScheme
 from auto_round.spec.plan import LinearShape, Plan
 from auto_round.spec.scheme import Scheme
 
@@ -27,6 +29,12 @@ class FakeFormat:
 
     name = "fake"
     holds_act_order = True
+
+    def prescribe(
+        self, layers: Sequence[LinearShape], config: Mapping[str, Any], tokenizer: Any | None
+    ) -> Mapping[str, BlockScheme | None]:
+        """Nothing: the user's schemes are taken."""
+        return {}
 
     def refuse(self, shape: LinearShape, scheme: Scheme) -> str | None:
         """Floats hold every scheme."""

@@ -11,7 +11,7 @@ transformers drops it. A quantised head is announced by ``lm_head: true``; trans
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from auto_round.formats.base import CodedModel, Export
 from auto_round.formats.config import GPTQ_V1, LAYOUTS, RAW, CheckpointConfig
 from auto_round.formats.folder import folder_sizes, method_of, open_folder, prove_codes, read_settings, write_folder
 from auto_round.formats.layouts import GPTQ_RAW_INDEXED, GPTQ_V1_INDEXED
+from auto_round.spec.blocks import BlockScheme, not_integer
 from auto_round.spec.plan import LayerPlan, LinearShape, Plan
 from auto_round.spec.scheme import Scheme
 
@@ -35,9 +36,15 @@ class GptqFormat:
         self.name = name
         self._layout = GPTQ_V1_INDEXED if PACKINGS[name] == GPTQ_V1 else GPTQ_RAW_INDEXED
 
+    def prescribe(
+        self, layers: Sequence[LinearShape], config: Mapping[str, Any], tokenizer: Any | None
+    ) -> Mapping[str, BlockScheme | None]:
+        """Nothing: the user's schemes are taken."""
+        return {}
+
     def refuse(self, shape: LinearShape, scheme: Scheme) -> str | None:
         """Both dimensions must be multiples of 32."""
-        return self._layout.refuse(scheme, shape.out_features, shape.in_features)
+        return not_integer(scheme) or self._layout.refuse(scheme, shape.out_features, shape.in_features)
 
     def check(self, plan: Plan) -> None:
         """Every mix of schemes, and the head, can be said to gptqmodel and vLLM."""

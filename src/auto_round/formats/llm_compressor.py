@@ -17,6 +17,7 @@ from auto_round.errors import FormatError, SpecError
 from auto_round.formats.base import CodedModel, Export
 from auto_round.formats.folder import folder_sizes, method_of, open_folder, prove_codes, read_settings, write_folder
 from auto_round.formats.layouts import COMPRESSED
+from auto_round.spec.blocks import BlockScheme, not_integer
 from auto_round.spec.plan import LinearShape, Plan
 from auto_round.spec.scheme import Scheme
 
@@ -88,11 +89,17 @@ class CompressedFormat:
     name = "llm_compressor"
     holds_act_order = False
 
+    def prescribe(
+        self, layers: Sequence[LinearShape], config: Mapping[str, Any], tokenizer: Any | None
+    ) -> Mapping[str, BlockScheme | None]:
+        """Nothing: the user's schemes are taken."""
+        return {}
+
     def refuse(self, shape: LinearShape, scheme: Scheme) -> str | None:
         """4 or 8 bits, and groups that divide the inputs."""
         if scheme.bits not in WRITTEN_BITS:
             return f"llm_compressor is written with 4 or 8 bits, not {scheme.bits}"
-        return COMPRESSED.refuse(scheme, shape.out_features, shape.in_features)
+        return not_integer(scheme) or COMPRESSED.refuse(scheme, shape.out_features, shape.in_features)
 
     def check(self, plan: Plan) -> None:
         """Every mix of schemes, and the head, can be said."""

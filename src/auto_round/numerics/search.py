@@ -14,7 +14,7 @@ from torch import Tensor
 from auto_round.numerics.integer import asym_range, quantise, storable
 
 # Smallest share of the full range worth trying: fewer codes gain more from clipping.
-LOWEST_SHARE = {2: 0.30, 3: 0.50, 4: 0.60, 8: 0.90}
+LOWEST_SHARE = {2: 0.30, 3: 0.50, 4: 0.60, 5: 0.70, 6: 0.80, 8: 0.90}
 COARSE, FINE = 12, 4
 
 

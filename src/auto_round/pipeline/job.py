@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from auto_round.calibrate.dataset import CalibrationSet, Dataset
 from auto_round.formats.base import Format
-from auto_round.qtensor import QTensor
+from auto_round.qtensor import QuantTensor
 from auto_round.runtime.events import BlockStats
 from auto_round.runtime.journal import Journal
 from auto_round.source.opening import Source
@@ -135,6 +135,6 @@ class Quantised:
         """What it was tuned on."""
         return self.ready.calibration
 
-    def tensor(self, name: str) -> QTensor:
+    def tensor(self, name: str) -> QuantTensor:
         """The codes of the layer `name`."""
         return self.journal.get(name)

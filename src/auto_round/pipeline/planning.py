@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -12,8 +12,10 @@ from auto_round.pipeline.job import Job
 from auto_round.registry import did_you_mean
 from auto_round.runtime.events import Listener
 from auto_round.source.blocks import find_block_lists, is_linear, kept_by_default, linears_in, text_names
+from auto_round.source.opening import Source
 from auto_round.source.recast import output_name
 from auto_round.source.skeleton import Skeleton
+from auto_round.spec.blocks import BlockScheme
 from auto_round.spec.fusions import broken_fusions
 from auto_round.spec.plan import LinearShape, Plan, Rule, make_plan
 from auto_round.spec.scheme import Scheme
@@ -32,7 +34,9 @@ def block_lists(job: Job, skeleton: Skeleton) -> list[str]:
     return list(job.to_quant_block_names)
 
 
-def plan_layers(job: Job, skeleton: Skeleton, lists: list[str], blocks: list[str], formats: Sequence[Format]) -> Plan:
+def plan_layers(
+    job: Job, source: Source, skeleton: Skeleton, lists: list[str], blocks: list[str], formats: Sequence[Format]
+) -> Plan:
     """Resolve all rules; lists: names of the block lists, blocks: of the blocks in them. Raises SpecError."""
     inside = _shapes({k: v for b in blocks for k, v in linears_in(skeleton.model.get_submodule(b), f"{b}.").items()})
     outside = _outside(job, skeleton, blocks)
@@ -40,23 +44,35 @@ def plan_layers(job: Job, skeleton: Skeleton, lists: list[str], blocks: list[str
     for block in blocks:
         kept.update(kept_by_default(skeleton.model.get_submodule(block), f"{block}."))
 
+    own = [*inside, *(shape for shape in outside if not skeleton.is_tied(f"{shape.name}.weight"))]
+    prescribed = _prescribed(source, own, formats)
     dense = any(output.name == "fake" for output in formats)
 
     def refuse(shape: LinearShape, scheme: Scheme) -> str | None:
+        if isinstance(scheme, BlockScheme) and not prescribed:
+            return f"{scheme.name} is a type of GGUF files: save as gguf alone to have it"
         if output_name(skeleton, shape.name) is None:
             return "transformers renames this model's tensors in a way that packed ones cannot follow"
         if dense and skeleton.is_stacked(shape.name):
             return "its weight is stored in one stack with those of other experts, which this format does not write"
         return next((reason for f in formats if (reason := f.refuse(shape, scheme))), None)
 
-    rules = _rules(job, skeleton, [shape.name for shape in outside])
-    plan = make_plan(inside, outside, lists, job.scheme, rules, refuse, kept)
+    rules = _rules(job, skeleton, [shape.name for shape in outside], prescribed)
+    plan = make_plan(inside, outside, lists, job.scheme, rules, refuse, prescribed, kept)
     for output in formats:
         output.check(plan)
     return plan
 
 
-def _rules(job: Job, skeleton: Skeleton, outside: list[str]) -> dict[str, Rule]:
+def _prescribed(
+    source: Source, layers: Sequence[LinearShape], formats: Sequence[Format]
+) -> Mapping[str, BlockScheme | None]:
+    """What the format itself says of the layers' schemes. Several formats share one set of codes: then the job says."""
+    found = [f.prescribe(layers, source.raw_config, source.tokenizer) for f in formats]
+    return found[0] if len(formats) == 1 else {}
+
+
+def _rules(job: Job, skeleton: Skeleton, outside: list[str], prescribed: Mapping[str, object]) -> dict[str, Rule]:
     """layer_config with the rules in front that flags stand for, and the layers to ignore behind."""
     head, text = head_name(skeleton), text_names(skeleton.model, outside)
     rules: dict[str, Rule] = {}
@@ -65,7 +81,8 @@ def _rules(job: Job, skeleton: Skeleton, outside: list[str]) -> dict[str, Rule]:
     if job.quant_lm_head:
         if head is None:
             raise SpecError("quant_lm_head: this model has no output head that is a Linear; leave it out")
-        rules[head] = job.scheme
+        if head not in prescribed:
+            rules[head] = job.scheme
     return {**rules, **job.layer_config, **dict.fromkeys(job.ignore_layers, "keep")}
 
 

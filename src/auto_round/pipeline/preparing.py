@@ -29,7 +29,7 @@ def prepare(job: Job, formats: Sequence[Format], scratch: Path) -> Prepared:
     _check_complete(skeleton)
     lists = block_lists(job, skeleton)
     blocks = block_names(skeleton.model, lists)
-    plan = plan_layers(job, skeleton, lists, blocks, formats)
+    plan = plan_layers(job, source, skeleton, lists, blocks, formats)
     stored = {name: f"{output_name(skeleton, name)}.weight" for name in plan.quantised}
     source = replace(source, checkpoint=Recast(skeleton, plan.quantised))
     return Prepared(job, source, skeleton, plan, tuple(blocks), stored)

@@ -114,7 +114,7 @@ def _report(result: Quantised, folders: tuple[SavedFolder, ...], verdict: Verdic
     return RunReport(
         model=result.source.title,
         folders=folders,
-        scheme=job.scheme.name,
+        scheme=result.plan.scheme.name,
         bits_per_weight=result.plan.bits_per_weight(),
         recipe=asdict(job.recipe),
         layers_quantised=len(result.plan.quantised),

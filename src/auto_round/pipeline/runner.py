@@ -19,7 +19,7 @@ from auto_round.pipeline.inspection import examine
 from auto_round.pipeline.job import Prepared
 from auto_round.pipeline.needs import Needs, fewer, micro_batched
 from auto_round.pipeline.planning import head_name
-from auto_round.qtensor import QTensor
+from auto_round.qtensor import QuantTensor
 from auto_round.runtime.device import peak_device_bytes, peak_resident_bytes, release_cached
 from auto_round.runtime.events import BlockStats, Listener
 from auto_round.runtime.journal import Journal
@@ -132,7 +132,7 @@ class Runner:
         tensors = {name: self._alone(name, None) for name in mine}
         return self._finish(tensors, self._stats(index, block, len(mine), begin, None))
 
-    def _finish(self, tensors: Mapping[str, QTensor], stats: BlockStats) -> BlockStats:
+    def _finish(self, tensors: Mapping[str, QuantTensor], stats: BlockStats) -> BlockStats:
         self._journal.put(_title(stats.index), tensors, stats)
         self._listener.block_finished(stats)
         return stats
@@ -209,7 +209,7 @@ class Runner:
             done[name] = self._alone(name, moments.of(name))
         self._journal.put(OUTSIDE, done)
 
-    def _alone(self, name: str, moment: Tensor | None) -> QTensor:
+    def _alone(self, name: str, moment: Tensor | None) -> QuantTensor:
         scheme = self._plan.quantised[name].scheme
         assert scheme is not None
         weight = self._skeleton.weight(name + ".weight")

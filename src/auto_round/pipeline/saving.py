@@ -11,7 +11,7 @@ from auto_round.calibrate.dataset import CalibrationSet
 from auto_round.formats.base import Export, Format
 from auto_round.pipeline.job import Prepared, Quantised
 from auto_round.pipeline.planning import untied
-from auto_round.qtensor import QTensor
+from auto_round.qtensor import QuantTensor, from_blocks, to_blocks
 
 
 def save(result: Quantised, output: Format, folder: Path, largest_shard: int) -> None:
@@ -27,13 +27,13 @@ def save(result: Quantised, output: Format, folder: Path, largest_shard: int) ->
 def blank_export(prepared: Prepared) -> Export:
     """What a format needs to tell the sizes of its files, before there are codes."""
 
-    def no_codes(name: str) -> QTensor:
+    def no_codes(name: str) -> QuantTensor:
         raise AssertionError(f"the codes of {name!r} were asked for before they are made")
 
     return export_of(prepared, None, no_codes)
 
 
-def export_of(prepared: Prepared, data: CalibrationSet | None, tensor: Callable[[str], QTensor]) -> Export:
+def export_of(prepared: Prepared, data: CalibrationSet | None, tensor: Callable[[str], QuantTensor]) -> Export:
     """All that a format needs to write the model, `tensor` giving the codes of a layer."""
     recipe = prepared.job.recipe
     provenance = {
@@ -49,10 +49,13 @@ def export_of(prepared: Prepared, data: CalibrationSet | None, tensor: Callable[
         plan=prepared.plan,
         stored_names=prepared.stored_names,
         replaced={stored: name for name, stored in prepared.stored_names.items()},
-        tensor=tensor,
+        tensor=lambda name: from_blocks(tensor(name)),
         weight=lambda name: tensor(name).dequantize(),
         extra=prepared.source.extra_files,
         provenance={key: value for key, value in provenance.items() if value is not None},
+        title=prepared.source.title,
+        tokenizer=prepared.source.tokenizer,
+        blocks=lambda name: to_blocks(tensor(name)),
         transposed=frozenset(n for n in prepared.plan.quantised if _is_transposed(prepared, n)),
     )
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.numerics.bitpack import pack, unpack
+from auto_round.numerics.kpack import pack_blocks
 from auto_round.pipeline.job import Job
+from auto_round.qtensor import BlockTensor
 from auto_round.runtime.journal import Journal
 from auto_round.runtime.rng import generator_for
 from auto_round.spec.scheme import Scheme
@@ -110,16 +112,17 @@ def _alone(job: Job, scheme: Scheme, folder: Path) -> tuple[float, float]:
         def there_and_back() -> None:
             """What a layer goes through after it is rounded: packed, read, packed again, read twice to be compared."""
             for _ in range(2):
-                packed = _packed(journal)
-                unpack(packed, scheme.bits, weight.shape[1])
+                _pack_and_unpack(journal)
 
         packed = _seconds(there_and_back) / count
     return rounded, packed
 
 
-def _packed(journal: Journal) -> Tensor:
+def _pack_and_unpack(journal: Journal) -> Tensor:
     tensor = journal.get("x")
-    return pack(tensor.codes, tensor.scheme.bits)
+    if isinstance(tensor, BlockTensor):
+        return pack_blocks(tensor.fields(), tensor.scheme)
+    return unpack(pack(tensor.codes, tensor.scheme.bits), tensor.scheme.bits, tensor.in_features)
 
 
 def _disk(folder: Path) -> tuple[float, float]:

@@ -50,8 +50,16 @@ def loss_summary(blocks: Sequence[BlockStats]) -> str | None:
     return f"{start:.0%} of plain rounding's at the start, {end:.0%} at the end (mean over {len(ratios)} blocks)"
 
 
-def snippet(folder: str) -> str:
-    """Three lines of Python that load `folder`."""
+def snippet(folder: str, format: str = "auto_round") -> str:
+    """Some lines of Python that load `folder`, which holds `format`."""
+    if format.startswith("gguf:"):
+        return "\n".join(
+            (
+                "from pathlib import Path",
+                "from llama_cpp import Llama",
+                f'model = Llama(str(next(Path({folder!r}).glob("*.gguf"))))',
+            )
+        )
     return "\n".join(
         (
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -68,7 +76,9 @@ def closing_table(report: RunReport) -> Group:
     table.add_column(overflow="fold")
     for label, value in _rows(report):
         table.add_row(label, Text(value))
-    load = Text(snippet(report.folders[0].path), style="cyan", no_wrap=True, overflow="ignore")
+    load = Text(
+        snippet(report.folders[0].path, report.folders[0].format), style="cyan", no_wrap=True, overflow="ignore"
+    )
     return Group(Text(), table, Text("\nLoad it:", style="bold"), load)
 
 

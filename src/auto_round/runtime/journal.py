@@ -1,7 +1,8 @@
 """Finished blocks on disk: one safetensors file each, whole or not there, with a checksum of what is in it.
 
 Tensors of a layer: ``<name>.codes`` int32 (out, ceil(in*bits/32)), the packed codes; ``<name>.scales`` float16
-(out, groups); ``<name>.zeros`` uint8 (out, groups) in asymmetric schemes. Metadata: ``layers``, JSON of each layer's
+(out, groups); ``<name>.zeros`` uint8 (out, groups) in asymmetric schemes; of a layer in GGUF
+blocks ``<name>.blocks`` uint8 (out, bytes of a row). Metadata: ``layers``, JSON of each layer's
 scheme and in_features; ``stats``, the block's BlockStats; ``sha256`` of all the tensors and of both of these.
 """
 
@@ -20,9 +21,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from auto_round.numerics.bitpack import pack, unpack
-from auto_round.qtensor import QTensor
+from auto_round.qtensor import BlockTensor, QTensor, QuantTensor
 from auto_round.runtime.durable import write_durably
 from auto_round.runtime.events import BlockStats
+from auto_round.spec.blocks import BLOCK_SCHEMES, BlockScheme
 from auto_round.spec.scheme import Scheme
 
 
@@ -55,25 +57,24 @@ class Journal:
     def __len__(self) -> int:
         return len(self._stats)
 
-    def put(self, title: str, tensors: Mapping[str, QTensor], stats: BlockStats | None = None) -> None:
+    def put(self, title: str, tensors: Mapping[str, QuantTensor], stats: BlockStats | None = None) -> None:
         """Write the layers of one block (or of the head), called `title`, durably."""
         data: dict[str, Tensor] = {}
         layers = {}
         for name, tensor in tensors.items():
-            data[f"{name}.codes"] = pack(tensor.codes, tensor.scheme.bits).cpu()
-            data[f"{name}.scales"] = tensor.scales.cpu().contiguous()
-            if tensor.zeros is not None:
-                data[f"{name}.zeros"] = tensor.zeros.cpu().contiguous()
-            layers[name] = {**asdict(tensor.scheme), "in_features": tensor.in_features}
+            data |= {f"{name}.{part}": values.cpu().contiguous() for part, values in _parts(tensor).items()}
+            layers[name] = {**_values(tensor.scheme), "in_features": tensor.in_features}
         meta = {"layers": json.dumps(layers), "stats": json.dumps(asdict(stats) if stats else None)}
         file = self._folder / f"{title}.safetensors"
         write_durably(file, save(data, {**meta, "sha256": _digest(data, meta)}))
         self._note(file, layers, stats)
 
-    def get(self, name: str) -> QTensor:
+    def get(self, name: str) -> QuantTensor:
         """Read the codes of one layer; raise KeyError when it is not done."""
         place = self._places[name]
         with safe_open(place.file, framework="pt") as f:
+            if isinstance(place.scheme, BlockScheme):
+                return BlockTensor(f.get_tensor(f"{name}.blocks"), place.scheme)
             codes = unpack(f.get_tensor(f"{name}.codes"), place.scheme.bits, place.in_features)
             zeros = None if place.scheme.sym else f.get_tensor(f"{name}.zeros")
             return QTensor(codes, f.get_tensor(f"{name}.scales"), zeros, place.scheme)
@@ -86,7 +87,7 @@ class Journal:
         self._stats[file.stem] = stats
         for name, values in layers.items():
             scheme = {key: value for key, value in values.items() if key != "in_features"}
-            self._places[name] = _Place(file, Scheme(**scheme), values["in_features"])
+            self._places[name] = _Place(file, _scheme(scheme), values["in_features"])
 
     def _recall(self, file: Path) -> None:
         try:
@@ -102,6 +103,23 @@ class Journal:
             return
         stats = json.loads(meta["stats"])
         self._note(file, json.loads(meta["layers"]), BlockStats(**stats) if stats else None)
+
+
+def _parts(tensor: QuantTensor) -> dict[str, Tensor]:
+    """The tensors in which a layer is stored, by the last part of their names."""
+    if isinstance(tensor, BlockTensor):
+        return {"blocks": tensor.data}
+    parts = {"codes": pack(tensor.codes, tensor.scheme.bits), "scales": tensor.scales}
+    return parts if tensor.zeros is None else {**parts, "zeros": tensor.zeros}
+
+
+def _values(scheme: Scheme) -> dict[str, Any]:
+    """A scheme in what JSON has: its fields, or the name of its GGUF type."""
+    return {"blocks": scheme.name} if isinstance(scheme, BlockScheme) else asdict(scheme)
+
+
+def _scheme(values: Mapping[str, Any]) -> Scheme:
+    return BLOCK_SCHEMES[values["blocks"]] if "blocks" in values else Scheme(**values)
 
 
 def _digest(data: Mapping[str, Tensor], meta: Mapping[str, str]) -> str:

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from auto_round.errors import SpecError
+from auto_round.spec.blocks import BlockScheme, parse_scheme
 from auto_round.spec.scheme import Scheme
 
 Rule = str | Mapping[str, Any] | Scheme | None
@@ -103,7 +104,7 @@ def apply_rule(base: Scheme, rule: Rule, pattern: str) -> Scheme | None:
     if isinstance(rule, Scheme):
         return rule
     if isinstance(rule, str):
-        return Scheme.parse(rule)
+        return parse_scheme(rule)
     values = dict(rule)
     if int(values.get("bits", 0)) >= 16:
         return None
@@ -120,14 +121,16 @@ def make_plan(
     scheme: Scheme,
     layer_config: Mapping[str, Rule],
     refuse: Callable[[LinearShape, Scheme], str | None],
+    prescribed: Mapping[str, BlockScheme | None] | None = None,
     kept: Mapping[str, str] = MappingProxyType({}),
 ) -> Plan:
     """Resolve the rules for every Linear.
 
     inside: Linears in the blocks, quantised unless a rule says otherwise. outside: Linears elsewhere (lm_head), kept
     unless a rule names them. layer_config: pattern -> dict of scheme keys, preset name, Scheme, or "keep"; later rules
-    win. refuse: why the output format cannot hold a layer in a scheme, or None. kept: layers in the blocks that stay as
-    they are unless a rule names them, with the reason.
+    win. refuse: why the output format cannot hold a layer in a scheme, or None. prescribed: schemes that the output
+    format itself gives to layers, in place of `scheme`. kept: layers in the blocks that stay as they are unless a rule
+    names them, with the reason.
     Raises SpecError for a rule that is wrong or matches nothing, or when nothing is left to quantise.
     """
     shapes = [*inside, *outside]
@@ -135,6 +138,7 @@ def make_plan(
     chosen: dict[str, tuple[Scheme | None, str]] = {
         s.name: (scheme, "in a block") if s.name in inner else (None, "outside the blocks") for s in shapes
     }
+    chosen |= {name: (own, "as the output format mixes its types") for name, own in (prescribed or {}).items()}
     chosen.update({name: (None, reason) for name, reason in kept.items()})
     for pattern, rule in layer_config.items():
         for name in matcher(pattern, list(chosen)):
@@ -149,4 +153,4 @@ def make_plan(
     counts = Counter(layer.scheme for layer in layers if layer.scheme is not None)
     if not counts:
         raise SpecError("no layer is left to quantise: " + "; ".join(sorted({layer.reason for layer in layers})))
-    return Plan(scheme, tuple(layers), tuple(block_lists))
+    return Plan(counts.most_common(1)[0][0] if prescribed else scheme, tuple(layers), tuple(block_lists))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from auto_round.qtensor import QTensor
+from auto_round.qtensor import QuantTensor, joined
 from auto_round.spec.scheme import Scheme
-from auto_round.tune.layer import TunedLayer
-from auto_round.tune.start import make_start
+from auto_round.tune.starting import start_layer
 
 # Rows do not depend on each other, so taking some at a time bounds memory and changes nothing.
 ELEMENTS = 1 << 22  # weights at a time
@@ -16,16 +15,12 @@ COMPENSATED_ROWS = 4096  # rows at a time where each lot factorises the inputs' 
 
 
 @torch.no_grad()
-def quantise_alone(weight: Tensor, scheme: Scheme, kind: str, moment: Tensor | None, device: torch.device) -> QTensor:
+def quantise_alone(
+    weight: Tensor, scheme: Scheme, kind: str, moment: Tensor | None, device: torch.device
+) -> QuantTensor:
     """Codes of the starting point `kind` (see Recipe.start) for a weight (out, in) of any float dtype, on the host.
 
     moment: (in, in) second moment of the inputs, or None. Raises AutoRoundError when the weight is not finite.
     """
-    parts = []
     lot = max(1, ELEMENTS // weight.shape[1]) if moment is None else COMPENSATED_ROWS
-    for rows in weight.split(lot):
-        rows = rows.to(device)
-        start = make_start(rows.float(), scheme, kind, moment)
-        parts.append(TunedLayer(rows, scheme, start, searched=kind != "plain").qtensor())
-    zeros = None if scheme.sym else torch.cat([p.zeros for p in parts if p.zeros is not None]).cpu()
-    return QTensor(torch.cat([p.codes for p in parts]).cpu(), torch.cat([p.scales for p in parts]).cpu(), zeros, scheme)
+    return joined([start_layer(rows.to(device), scheme, kind, moment).qtensor() for rows in weight.split(lot)])

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.errors import AutoRoundError
-from auto_round.qtensor import QTensor
+from auto_round.qtensor import QuantTensor
 from auto_round.spec.recipe import Recipe
 from auto_round.spec.scheme import Scheme
-from auto_round.tune.layer import TunedLayer
 from auto_round.tune.moments import Moments
-from auto_round.tune.start import Start, make_start
+from auto_round.tune.starting import Layer, start_layer
 
 # Shares of the steps after which the codes are tried on the held-out samples; the last are the likely winners.
 CHECKPOINTS = (0.5, 0.75, 1.0)
@@ -45,7 +44,7 @@ class TunedBlock:
     unreached: Linears that no calibration token came to (experts), whose start knows their weights alone.
     """
 
-    tensors: dict[str, QTensor]
+    tensors: dict[str, QuantTensor]
     loss_plain: float
     loss_start: float
     loss_end: float
@@ -143,7 +142,7 @@ def _is_finite(value: float) -> bool:
 @torch.no_grad()
 def _start_layers(
     task: BlockTask, activations: Activations, recipe: Recipe, device: torch.device, *, plain: bool
-) -> tuple[dict[str, TunedLayer], tuple[str, ...]]:
+) -> tuple[dict[str, Layer], tuple[str, ...]]:
     """The layers at their start, and the names of those that no token reached (none are known for the plain one)."""
     kind = "plain" if plain else recipe.start
     moments = Moments(task.linears)
@@ -158,9 +157,8 @@ def _start_layers(
     layers = {}
     for name in task.linears:
         weight = task.weights[name].to(device)
-        start: Start = make_start(weight.float(), task.schemes[name], kind, moments.of(name))
         try:
-            layers[name] = TunedLayer(weight, task.schemes[name], start, searched=kind != "plain")
+            layers[name] = start_layer(weight, task.schemes[name], kind, moments.of(name))
         except AutoRoundError as error:
             raise AutoRoundError(f"layer {name!r}: {error}") from None
     unreached = () if kind == "plain" else tuple(name for name in task.linears if not moments.reached(name))
@@ -168,19 +166,19 @@ def _start_layers(
 
 
 @torch.no_grad()
-def _write(task: BlockTask, layers: Mapping[str, TunedLayer]) -> None:
+def _write(task: BlockTask, layers: Mapping[str, Layer]) -> None:
     for name, layer in layers.items():
         layer.write_weight(task.linears[name].weight.data)
 
 
 @torch.no_grad()
-def _snapshot(layers: Mapping[str, TunedLayer]) -> dict[str, QTensor]:
+def _snapshot(layers: Mapping[str, Layer]) -> dict[str, QuantTensor]:
     return {name: layer.qtensor() for name, layer in layers.items()}
 
 
 def _steps(
     task: BlockTask,
-    layers: Mapping[str, TunedLayer],
+    layers: Mapping[str, Layer],
     activations: Activations,
     recipe: Recipe,
     train: Tensor,

@@ -64,7 +64,7 @@ def make_start(weight: Tensor, scheme: Scheme, kind: str, moment: Tensor | None)
     grouped = to_groups(weight, width)
     if kind == "plain":
         return Start(*plain_grid(grouped, scheme), None)
-    importance = weight.new_ones(in_features) if moment is None else _importance(moment)
+    importance = weight.new_ones(in_features) if moment is None else importance_of(moment)
     scale, zero = searched_grid(grouped, importance, scheme)
     if kind == "search" or moment is None:
         return Start(scale, zero, None)
@@ -75,7 +75,7 @@ def make_start(weight: Tensor, scheme: Scheme, kind: str, moment: Tensor | None)
     return Start(scale, zero, offset)
 
 
-def _importance(moment: Tensor) -> Tensor:
+def importance_of(moment: Tensor) -> Tensor:
     """Diagonal of the second moment, with a floor so that silent channels still count a little."""
     diagonal = moment.diagonal()
     return diagonal + 1e-3 * diagonal.mean() + torch.finfo(torch.float32).tiny

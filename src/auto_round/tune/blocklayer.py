@@ -1,0 +1,131 @@
+"""The tuning state of one Linear in GGUF blocks: rounding offsets V on the stored grid, and each block's d and m.
+
+The integer scales and mins of the sub-blocks are searched at the start and stay. What moves is V, and multipliers alpha
+of d and beta of m, which are rounded to float16 in every forward pass. So W' is what llama.cpp will compute. With the
+weight shifted by M the grid is the plain W + M = S * (q - zero), and everything in `integer` and `compensate` serves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from auto_round.errors import AutoRoundError
+from auto_round.numerics.compensate import compensated_codes, offsets_for
+from auto_round.numerics.integer import fake_quantise, gradients, quantise
+from auto_round.numerics.kpack import pack_blocks
+from auto_round.numerics.kquant import CHUNK, Grid, half, plain_grid, search_grid, to_fields
+from auto_round.qtensor import BlockTensor
+from auto_round.spec.blocks import BlockScheme
+from auto_round.tune.layer import ROW_CHUNK, SEARCHED_BOUNDS
+from auto_round.tune.start import importance_of
+
+
+class BlockLayer:
+    """One Linear while its block is tuned; the counterpart of `TunedLayer`, with the same methods.
+
+    `multipliers` is (2, out, blocks, 1, 1): alpha, beta.
+    """
+
+    def __init__(self, weight: Tensor, scheme: BlockScheme, kind: str, moment: Tensor | None) -> None:
+        """Take the weight (out, in) in any float dtype and start as `kind` says (see Recipe.start).
+
+        moment: (in, in) float32 second moment of the inputs, None when it is not known. Raises AutoRoundError when the
+        weight is not finite.
+        """
+        if not bool(torch.isfinite(weight).all()):
+            raise AutoRoundError("the weight holds NaN or infinity; the checkpoint is damaged or was not trained")
+        self.scheme = scheme
+        self.weight = weight.float().unflatten(1, (-1, scheme.subs, scheme.width))
+        self._start = self._searched(moment) if kind != "plain" else plain_grid(self.weight, scheme)
+        self.multipliers = torch.ones_like(torch.stack([self._start.d, self._start.d]))
+        self._zero = self.weight.new_full((1, 1, 1, 1), float(scheme.zero))
+        self.offset = torch.zeros_like(self.weight)
+        if kind == "compensated" and moment is not None:
+            self._compensate(moment)
+
+    def grid(self) -> Grid:
+        """The grid as it would be stored now."""
+        start, (alpha, beta) = self._start, self.multipliers
+        m = None if start.m is None else self._stored_m(start.m * beta)
+        return replace(start, d=half(start.d * alpha), m=m)
+
+    def write_weight(self, out: Tensor) -> None:
+        """Put W' into `out` (out, in), rounded to its dtype."""
+        grid = self.grid()
+        step, low = grid.step(), grid.low(self.scheme)
+        for rows in self._chunks():
+            fake = fake_quantise(
+                self.weight[rows] + low[rows], self.offset[rows], step[rows], self._zero, self.scheme.max_code
+            )
+            out[rows].copy_(fake.sub_(low[rows]).flatten(1))
+
+    def step(self, grad: Tensor, v_lr: float, range_lr: float) -> None:
+        """Move V by v_lr and, unless it is 0, alpha and beta by range_lr, against the sign of their gradients.
+
+        grad: dL/dW' (out, in) in any float dtype.
+        """
+        grid = self.grid()
+        step, low = grid.step(), grid.low(self.scheme)
+        step_grads, low_grads = [], []
+        for rows in self._chunks():
+            offset_grad, step_grad, zero_grad = gradients(
+                self.weight[rows] + low[rows],
+                self.offset[rows],
+                step[rows],
+                self._zero,
+                self.scheme.max_code,
+                grad[rows].float().view_as(self.weight[rows]),
+            )
+            self.offset[rows].sub_(offset_grad.sign_(), alpha=v_lr)
+            step_grads.append(step_grad)
+            # W' = S * (q - zero) - M passes dM where it clamps only, which is the zero point's derivative over S.
+            low_grads.append(zero_grad / step[rows])
+        if range_lr:
+            alpha = self._start.d * (grid.scales * torch.cat(step_grads)).sum(2, keepdim=True)
+            beta = torch.zeros_like(alpha)
+            if self._start.m is not None:
+                sign = 1.0 if self.scheme.two_level else -1.0
+                beta = sign * self._start.m * (grid.mins * torch.cat(low_grads)).sum(2, keepdim=True)
+            self.multipliers.sub_(torch.stack([alpha, beta]).sign_(), alpha=range_lr).clamp_(*SEARCHED_BOUNDS)
+
+    def qtensor(self) -> BlockTensor:
+        """The blocks as they stand, on the layer's device."""
+        grid, scheme = self.grid(), self.scheme
+        step, low = grid.step(), grid.low(scheme)
+        codes = torch.empty_like(self.weight, dtype=torch.uint8)
+        for rows in self._chunks():
+            shifted = self.weight[rows] + low[rows]
+            codes[rows] = quantise(shifted, self.offset[rows], step[rows], self._zero, scheme.max_code).to(torch.uint8)
+        return BlockTensor(pack_blocks(to_fields(grid, codes, scheme), scheme), scheme)
+
+    def _stored_m(self, m: Tensor) -> Tensor:
+        return half(m) if self.scheme.two_level else m.half().float()
+
+    def _searched(self, moment: Tensor | None) -> Grid:
+        in_features = self.weight[0].numel()
+        importance = self.weight.new_ones(in_features) if moment is None else importance_of(moment)
+        importance = importance.view_as(self.weight[0])
+        rows = max(1, CHUNK // in_features)
+        parts = [search_grid(chunk, importance, self.scheme) for chunk in self.weight.split(rows)]
+        return Grid(
+            torch.cat([p.d for p in parts]),
+            None if parts[0].m is None else torch.cat([p.m for p in parts if p.m is not None]),
+            torch.cat([p.scales for p in parts]),
+            torch.cat([p.mins for p in parts]),
+        )
+
+    def _compensate(self, moment: Tensor) -> None:
+        step = self._start.step().expand_as(self.weight).flatten(1)
+        shifted = (self.weight + self._start.low(self.scheme)).flatten(1)
+        zero = torch.full_like(shifted, float(self.scheme.zero))
+        codes = compensated_codes(shifted, step, zero, self.scheme.max_code, moment)
+        self.offset = offsets_for(shifted, codes, step, zero).view_as(self.weight)
+
+    def _chunks(self) -> list[slice]:
+        """Row ranges of one elementwise pass, as in `TunedLayer`."""
+        rows, per_row = self.weight.shape[0], self.weight[0].numel()
+        size = rows if self.weight.device.type != "cpu" else max(1, ROW_CHUNK // per_row)
+        return [slice(begin, begin + size) for begin in range(0, rows, size)]
