@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow lint types format clean
+.PHONY: demo test clients slow lint types format clean
 
 $(VENV)/ready: pyproject.toml setup.py constraints.txt src/auto_round/inference/kernels/native.c
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,9 @@ test: $(VENV)/ready  ## the quick suite
 
 slow: $(VENV)/ready  ## conformance with other software, long runs
 	$(BIN)/python -m pytest -m slow
+
+clients: $(VENV)/ready  ## the part of the slow tests that CI runs: real clients, and the contract as it is typed
+	$(BIN)/python -m pytest -m slow -k "test_contract or every_architecture_computes or client_computes" tests/test_contract.py tests/formats
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
