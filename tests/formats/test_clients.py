@@ -57,8 +57,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return open_source(demo_model(), None, tmp_path_factory.mktemp("smollm2")).folder
 
 
-# transformers 5.24 with compressed-tensors 0.20 wants zero points unpacked, and gptqmodel fails on asymmetric codes;
-# neither is understood yet, so these are shown as expected failures.
+# compressed-tensors 0.20 wants unpacked zero points here and gptqmodel rounds more in float16: see docs/formats.md;
+# shown as expected failures until each has its own way of opening and tolerance.
 ASYMMETRIC = pytest.param(
     "asym", marks=pytest.mark.xfail(reason="clients disagree on zero points, see docs/formats.md")
 )
