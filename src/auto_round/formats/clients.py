@@ -96,6 +96,15 @@ def _transformers(held: Held) -> str | None:
     return _gptqmodel(held)
 
 
+def _compressed(held: Held) -> str | None:
+    def packed(layer: LayerPlan) -> str | None:
+        if layer.scheme is None or layer.scheme.sym:
+            return _ragged(layer)
+        return f"{layer.name}: asymmetric files need CompressedTensorsConfig(dequantize=True), a fault of its 0.20"
+
+    return _first(held, packed)
+
+
 def _gptqmodel(held: Held) -> str | None:
     def group(layer: LayerPlan) -> str | None:
         size = layer.scheme.group_size if layer.scheme else -1
@@ -140,7 +149,7 @@ def _served(held: Held, layer: LayerPlan) -> str | None:
 CLIENTS: dict[str, tuple[tuple[str, ...], Rule]] = {
     "transformers with this package": (("auto_round", "auto_gptq", "gptq_v2", "auto_awq"), _ours),
     "transformers with gptqmodel": (("auto_gptq", "auto_awq"), _transformers),
-    "transformers with compressed-tensors": (("llm_compressor",), lambda held: _first(held, _ragged)),
+    "transformers with compressed-tensors": (("llm_compressor",), _compressed),
     "gptqmodel": (("auto_gptq", "gptq_v2", "auto_awq"), _gptqmodel),
     "Intel's auto-round": (("auto_round", "auto_gptq", "gptq_v2", "auto_awq"), _intel),
     "vLLM": (("auto_round", "auto_gptq", "gptq_v2", "auto_awq", "llm_compressor"), _server),
