@@ -5,15 +5,13 @@ Read from the loaders of transformers 5.23, gptqmodel 7.7, vLLM 0.33, SGLang 0.5
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from auto_round.spec.fusions import broken_fusions
 from auto_round.spec.plan import LayerPlan, Plan
 
-# Projections that vLLM and SGLang load as one matrix, so that their parts must be quantised alike.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 MARLIN_GROUPS = (-1, 32, 64, 128)
 GPTQMODEL_GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
 AWQ_PACKINGS = ("auto_round:auto_awq", "auto_round:awq")
@@ -46,22 +44,6 @@ Rule = Callable[[Held], str | None]
 def clients(held: Held) -> dict[str, str | None]:
     """For every client that knows the format: what is in the way of opening it, or None."""
     return {name: rule(held) for name, (formats, rule) in CLIENTS.items() if held.format in formats}
-
-
-def fused_conflict(plan: Plan) -> str | None:
-    """The first set of projections that is loaded as one matrix but not quantised alike."""
-    parts: dict[tuple[str, int], dict[str, LayerPlan]] = defaultdict(dict)
-    for layer in plan.layers:
-        parent, _, leaf = layer.name.rpartition(".")
-        for i, names in enumerate(FUSED):
-            if leaf in names:
-                parts[parent, i][leaf] = layer
-    for (parent, _), layers in parts.items():
-        kinds = {leaf: layer.scheme.name if layer.scheme else "kept" for leaf, layer in layers.items()}
-        if len(set(kinds.values())) > 1:
-            told = ", ".join(f"{leaf} {kind}" for leaf, kind in kinds.items())
-            return f"{parent}: {told} are loaded as one matrix and must be alike"
-    return None
 
 
 def _first(held: Held, rule: Callable[[LayerPlan], str | None]) -> str | None:
@@ -130,7 +112,9 @@ def _server(held: Held) -> str | None:
         return "it does not read act-order"
     if held.format == "auto_round" and held.packing not in SERVED_PACKINGS:
         return f"it does not read packing {held.packing!r}"
-    return fused_conflict(held.plan) or _first(held, lambda layer: _served(held, layer) or _ragged(layer))
+    return next(iter(broken_fusions(held.plan)), None) or _first(
+        held, lambda layer: _served(held, layer) or _ragged(layer)
+    )
 
 
 def _served(held: Held, layer: LayerPlan) -> str | None:

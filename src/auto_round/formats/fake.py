@@ -16,11 +16,11 @@ import torch
 
 from auto_round.errors import FormatError
 from auto_round.formats.base import CodedModel, Export
-from auto_round.formats.folder import write_json
-from auto_round.formats.shards import Piece, Slot, copied, shard_sizes, tensor_bytes, write_shards
+from auto_round.formats.folder import in_source_order, write_json
+from auto_round.formats.shards import Piece, Slot, shard_sizes, tensor_bytes, write_shards
 from auto_round.source.checkpoint import DTYPE_NAMES, DTYPES, Checkpoint
 from auto_round.spec.blocks import BlockScheme
-from auto_round.spec.plan import LinearShape, Plan
+from auto_round.spec.plan import LayerPlan, LinearShape, Plan
 from auto_round.spec.scheme import Scheme
 
 
@@ -79,16 +79,12 @@ def float_dtype(export: Export, name: str) -> torch.dtype:
 
 
 def _pieces(export: Export) -> Iterator[Piece]:
-    planned, done = export.plan.quantised, set()
-    for stored in export.checkpoint:
-        name = export.replaced.get(stored)
-        if name is None:
-            yield copied(export.checkpoint, stored)
-        elif name not in done:
-            done.add(name)
-            out_features, in_features = planned[name].out_features, planned[name].in_features
-            shape = (in_features, out_features) if name in export.transposed else (out_features, in_features)
-            yield _dense(export, name, shape, float_dtype(export, name))
+    def dense(layer: LayerPlan) -> Piece:
+        shape = (layer.out_features, layer.in_features)
+        turned = shape[::-1] if layer.name in export.transposed else shape
+        return _dense(export, layer.name, turned, float_dtype(export, layer.name))
+
+    return in_source_order(export, dense)
 
 
 def _weight(export: Export, name: str) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from auto_round.formats.shards import Piece, copied, encoded, shard_sizes, write
 from auto_round.qtensor import QTensor, plain_g_idx
 from auto_round.source.checkpoint import DTYPES, Checkpoint
 from auto_round.source.opening import extra_files
+from auto_round.spec.plan import LayerPlan
 from auto_round.spec.scheme import Scheme
 
 # Where older writers put their settings when config.json has none.
@@ -203,8 +204,8 @@ def write_folder(
     write_json(folder / "config.json", {**export.config, "quantization_config": settings})
 
 
-def _pieces(export: Export, layout: Layout) -> Iterator[Piece]:
-    """The output's tensors in the source's order, those of a quantised layer where its first one stood."""
+def in_source_order(export: Export, piece: Callable[[LayerPlan], Piece]) -> Iterator[Piece]:
+    """The output's tensors in the source's order; `piece` makes a layer's, which stand where its first one stood."""
     planned, done = export.plan.quantised, set()
     for stored in export.checkpoint:
         name = export.replaced.get(stored)
@@ -212,11 +213,17 @@ def _pieces(export: Export, layout: Layout) -> Iterator[Piece]:
             yield copied(export.checkpoint, stored)
         elif name not in done:
             done.add(name)
-            layer = planned[name]
-            assert layer.scheme is not None
-            specs = layout.specs(layer.scheme, layer.out_features, layer.in_features)
-            prefix = export.stored_names[name].removesuffix(".weight")
-            yield encoded(prefix, specs, lambda name=name: layout.encode(export.tensor(name)))  # type: ignore[misc]
+            yield piece(planned[name])
+
+
+def _pieces(export: Export, layout: Layout) -> Iterator[Piece]:
+    def packed(layer: LayerPlan) -> Piece:
+        assert layer.scheme is not None
+        specs = layout.specs(layer.scheme, layer.out_features, layer.in_features)
+        prefix = export.stored_names[layer.name].removesuffix(".weight")
+        return encoded(prefix, specs, lambda: layout.encode(export.tensor(layer.name)))
+
+    return in_source_order(export, packed)
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
