@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from auto_round import AutoRound
 from auto_round.load import dequantized_state_dict, load_qtensors
-from tests.conftest import tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -72,7 +71,6 @@ def test_the_snippet_ends_in_a_folder_that_speaks(smollm2: Path, tmp_path: Path)
 def test_an_opt_of_125m_with_the_layer_of_the_example(tmp_path: Path) -> None:
     torch.manual_seed(0)
     OPTForCausalLM(OPTConfig()).save_pretrained(tmp_path / "opt")  # the defaults are those of opt-125m
-    tiny_tokenizer().save_pretrained(tmp_path / "opt")
     name = "model.decoder.layers.6.self_attn.out_proj"
     tokens = torch.randint(3, 50000, (4, 64), generator=torch.Generator().manual_seed(0))
     tuner = AutoRound(
