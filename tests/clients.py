@@ -29,19 +29,25 @@ def client(
     """
     here = sysconfig.get_path("purelib")
     settings = sorted((building or {}).items())
-    key = hashlib.sha256(repr((sys.version, here, sorted(packages), dependencies, *settings)).encode()).hexdigest()[:12]
+    key = hashlib.sha256(repr((sys.version, sorted(packages), dependencies, *settings)).encode()).hexdigest()[:12]
     folder = CACHE / f"{name}-{key}"
     python = folder / "bin" / "python"
     if (folder / "ready").exists():
+        _see(folder, here)
         return python
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    site = next(folder.glob("lib/python*/site-packages"))
-    (site / "outer.pth").write_text(here + "\n", encoding="utf-8")
+    _see(folder, here)
     words = [str(python), "-m", "pip", "install", "--quiet", *([] if dependencies else ["--no-deps"]), *packages]
     subprocess.run(words, check=True, env={**os.environ, **dict(settings)})
     (folder / "ready").touch()
     return python
+
+
+def _see(folder: Path, packages: str) -> None:
+    """Let the environment see `packages`, those of the environment that asks now: each checkout has its own."""
+    site = next(folder.glob("lib/python*/site-packages"))
+    (site / "outer.pth").write_text(packages + "\n", encoding="utf-8")
 
 
 def llama_cpp() -> Path:
