@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ def model_in(folder: Path) -> Path:
     return folder
 
 
-def attempts(model: Path, scratch: Path, seeds: list[int]) -> list[dict[str, object]]:
+def attempts(model: Path, scratch: Path, seeds: list[int]) -> list[dict[str, Any]]:
     asked = json.dumps({"model": str(model), "scratch": str(scratch), "seeds": seeds})
     words = [sys.executable, "-m", "tests.mutations"]
     done = subprocess.run(words, input=asked, capture_output=True, text=True, check=False)

@@ -10,6 +10,7 @@ from auto_round.errors import AutoRoundError
 from auto_round.spec.blocks import BLOCK_SCHEMES, BlockScheme
 from auto_round.tune.alone import quantise_alone
 from auto_round.tune.blocklayer import BlockLayer
+from auto_round.tune.start import inputs_from
 
 CPU = torch.device("cpu")
 TYPES = list(BLOCK_SCHEMES.values())
@@ -34,7 +35,7 @@ def output_error(found: Tensor) -> float:
 @pytest.mark.parametrize("kind", ["plain", "search", "compensated"])
 @pytest.mark.parametrize("scheme", TYPES, ids=lambda s: s.name)
 def test_the_weight_that_is_tuned_is_the_weight_that_is_stored(scheme: BlockScheme, kind: str) -> None:
-    layer, out = BlockLayer(weight(), scheme, kind, moment()), torch.empty(24, 512)
+    layer, out = BlockLayer(weight(), scheme, kind, inputs_from(moment(), kind)), torch.empty(24, 512)
     for seed in range(3):
         layer.step(torch.randn(24, 512, generator=torch.Generator().manual_seed(seed)), 0.05, 0.01)
     layer.write_weight(out)
@@ -43,7 +44,10 @@ def test_the_weight_that_is_tuned_is_the_weight_that_is_stored(scheme: BlockSche
 
 @pytest.mark.parametrize("name", ["q2_k", "q3_k", "q4_k", "q4_1", "q4_0"])
 def test_steps_lower_the_error_they_are_given_the_gradient_of(name: str) -> None:
-    layer, out = BlockLayer(weight(), BLOCK_SCHEMES[name], "search", moment()), torch.empty(24, 512)
+    layer, out = (
+        BlockLayer(weight(), BLOCK_SCHEMES[name], "search", inputs_from(moment(), "search")),
+        torch.empty(24, 512),
+    )
     layer.write_weight(out)
     before = best = output_error(out)
     for i in range(60):
@@ -57,7 +61,7 @@ def test_steps_lower_the_error_they_are_given_the_gradient_of(name: str) -> None
 def test_range_gradients_are_those_of_the_stored_weight(name: str) -> None:
     """With codes that do not change, a small move of alpha or beta changes the loss as the closed form says."""
     scheme = BLOCK_SCHEMES[name]
-    layer = BlockLayer(weight(), scheme, "search", moment())
+    layer = BlockLayer(weight(), scheme, "search", inputs_from(moment(), "search"))
     grad = torch.randn(24, 512, generator=torch.Generator().manual_seed(5))
     before = layer.multipliers.clone()
     layer.step(grad, 0.0, 1e-3)
@@ -66,7 +70,7 @@ def test_range_gradients_are_those_of_the_stored_weight(name: str) -> None:
     assert (moved[1] != 0).any() == (not scheme.sym)
     parts = layer.qtensor().fields()
     # Numerical derivative of sum(grad * W'), V following the codes: in range W' does not move with S or M at all.
-    shifted = BlockLayer(weight(), scheme, "search", moment())
+    shifted = BlockLayer(weight(), scheme, "search", inputs_from(moment(), "search"))
     step, low = shifted.grid().step(), shifted.grid().low(scheme)
     level = ((shifted.weight + low) / step).round() + scheme.zero
     inside = ((level >= 0) & (level <= scheme.max_code)).float()
@@ -87,7 +91,7 @@ def test_range_gradients_are_those_of_the_stored_weight(name: str) -> None:
 @pytest.mark.parametrize("scheme", TYPES, ids=lambda s: s.name)
 def test_better_starts_have_lower_output_error(scheme: BlockScheme) -> None:
     errors = [
-        output_error(quantise_alone(weight(), scheme, kind, moment(), CPU).dequantize())
+        output_error(quantise_alone(weight(), scheme, kind, inputs_from(moment(), kind), CPU).dequantize())
         for kind in ("plain", "search", "compensated")
     ]
     assert errors[1] < (1.0 if scheme.bits < 6 else 1.2) * errors[0]
@@ -96,10 +100,10 @@ def test_better_starts_have_lower_output_error(scheme: BlockScheme) -> None:
 
 def test_rows_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     scheme = BLOCK_SCHEMES["q4_k"]
-    whole = quantise_alone(weight(), scheme, "search", moment(), CPU)
+    whole = quantise_alone(weight(), scheme, "search", inputs_from(moment(), "search"), CPU)
     monkeypatch.setattr("auto_round.tune.alone.COMPENSATED_ROWS", 10)
     monkeypatch.setattr("auto_round.tune.blocklayer.ROW_CHUNK", 1500)
-    assert quantise_alone(weight(), scheme, "search", moment(), CPU).same(whole)
+    assert quantise_alone(weight(), scheme, "search", inputs_from(moment(), "search"), CPU).same(whole)
 
 
 def test_nan_is_refused() -> None:

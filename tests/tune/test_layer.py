@@ -8,7 +8,7 @@ from auto_round.errors import AutoRoundError
 from auto_round.spec.scheme import Scheme
 from auto_round.tune.alone import quantise_alone
 from auto_round.tune.layer import TunedLayer
-from auto_round.tune.start import make_start
+from auto_round.tune.start import inputs_from, make_start
 
 CPU = torch.device("cpu")
 SCHEMES = [Scheme(bits, group, sym=sym) for bits in (2, 3, 4, 8) for group in (-1, 32, 40) for sym in (True, False)]
@@ -27,7 +27,7 @@ def moment(columns: int = 96) -> Tensor:
 
 
 def tuned(scheme: Scheme, kind: str) -> TunedLayer:
-    start = make_start(weight(), scheme, kind, moment() if kind != "plain" else None)
+    start = make_start(weight(), scheme, kind, inputs_from(moment(), kind) if kind != "plain" else None)
     return TunedLayer(weight(), scheme, start, searched=kind != "plain")
 
 
@@ -71,17 +71,19 @@ def test_without_a_range_step_the_grid_stays() -> None:
 def test_better_starts_have_lower_output_error() -> None:
     gram, errors = moment(), []
     for kind in ("plain", "search", "compensated"):
-        difference = quantise_alone(weight(), Scheme(3, 32), kind, gram, CPU).dequantize() - weight()
+        difference = quantise_alone(weight(), Scheme(3, 32), kind, inputs_from(gram, kind), CPU).dequantize() - weight()
         errors.append(float((difference @ gram * difference).sum()))
     assert errors[0] > 1.05 * errors[1]
     assert errors[1] > 1.3 * errors[2]
 
 
 def test_rows_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = quantise_alone(weight(), Scheme(4, 32, sym=False), "search", moment(), CPU)
+    whole = quantise_alone(weight(), Scheme(4, 32, sym=False), "search", inputs_from(moment(), "search"), CPU)
     monkeypatch.setattr("auto_round.tune.alone.COMPENSATED_ROWS", 10)
     monkeypatch.setattr("auto_round.tune.layer.ROW_CHUNK", 500)
-    assert quantise_alone(weight(), Scheme(4, 32, sym=False), "search", moment(), CPU).same(whole)
+    assert quantise_alone(weight(), Scheme(4, 32, sym=False), "search", inputs_from(moment(), "search"), CPU).same(
+        whole
+    )
 
 
 def test_zero_weights_stay_zero() -> None:

@@ -2,63 +2,88 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from auto_round.errors import AutoRoundError
 
 COLUMNS = 128  # columns between two updates of the rest of the matrix
+ROWS = 1024  # rows of a moment that are put in order at a time, so that the copy needs no third matrix
 
 
-def inverse_factor(moment: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the inverse of the damped second moment.
+@dataclass(frozen=True)
+class Compensation:
+    """What error compensation needs of the inputs that some layers share.
 
-    moment: (in, in) float32, sum or mean of x x^T; damping: share of the mean diagonal added to it. Raises
-    AutoRoundError when no damping up to the whole diagonal makes it positive definite (activations are not finite).
+    order: (in,) int64, columns by falling importance. factor: (in, in) float32, upper Cholesky factor of the inverse of
+    the damped second moment, its rows and columns in that order.
     """
-    diagonal = moment.diagonal()
-    mean = diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
+
+    order: Tensor
     factor: Tensor
+
+
+def compensation(moment: Tensor, damping: float = 0.01) -> Compensation:
+    """Prepare compensation from a second moment (in, in) float32, sum or mean of x x^T.
+
+    damping: share of the mean diagonal added to it. The factor is all the memory this takes. Raises AutoRoundError when
+    no damping up to the whole diagonal makes it positive definite (activations are not finite).
+    """
+    order = torch.argsort(moment.diagonal(), descending=True, stable=True)
+    factor = torch.empty_like(moment).mT  # columns contiguous, as LAPACK wants: every step below is then in place
     while damping <= 1:
-        damped = moment + torch.diag(diagonal.new_full((len(diagonal),), float(mean * damping)))
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return factor
+        for begin in range(0, len(order), ROWS):
+            factor[begin : begin + ROWS] = moment[order[begin : begin + ROWS]][:, order]
+        diagonal = factor.diagonal()
+        diagonal.add_(float(diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny) * damping))
+        if _inverse_factor(factor):
+            return Compensation(order, factor)
         damping *= 10
     raise AutoRoundError("the inputs' second moment is not finite; the calibration activations hold NaN or infinity")
 
 
+def _inverse_factor(matrix: Tensor) -> bool:
+    """Put the upper Cholesky factor of its inverse in the place of `matrix`; False when it is not positive definite."""
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix, out=(matrix, info))
+    if info:
+        return False
+    torch.cholesky_inverse(matrix, out=matrix)
+    torch.linalg.cholesky_ex(matrix, upper=True, out=(matrix, info))
+    return not info
+
+
 def compensated_codes(
-    weight: Tensor, scale: Tensor, zero: Tensor, max_code: int, moment: Tensor, damping: float = 0.01
+    weight: Tensor, scale: Tensor, zero: Tensor, width: int, max_code: int, known: Compensation
 ) -> Tensor:
     """Round column by column, moving each column's error into the columns that are still to come.
 
-    weight: (out, in) float32. scale, zero: (out, in) float32, each group's values repeated for its inputs.
-    moment: (in, in) float32 second moment of the layer's inputs. Returns codes (out, in) float32 in 0 .. max_code.
+    weight: (out, in) float32. scale, zero: (out, groups) float32, each for `width` inputs, the last for what is left.
+    Returns codes (out, in) float32 in 0 .. max_code.
     """
-    order = torch.argsort(moment.diagonal(), descending=True, stable=True)
-    factor = inverse_factor(moment[order][:, order], damping)
+    order, factor = known.order, known.factor
     # Columns as rows: each is then contiguous, and the inner loop runs over whole cache lines.
-    rest = weight.t()[order].contiguous()
-    scale, zero = scale.t()[order].contiguous(), zero.t()[order].contiguous()
-    codes = torch.empty_like(rest)
+    rest = weight.t()[order]
+    scales, zeros = scale.t().contiguous(), zero.t().contiguous()
     count = rest.shape[0]
     for begin in range(0, count, COLUMNS):
         end = min(begin + COLUMNS, count)
+        group = order[begin:end] // width
+        steps, shifts = scales[group], zeros[group]
         errors = torch.empty_like(rest[begin:end])
         for j in range(begin, end):
-            column = rest[j]
-            code = (column / scale[j]).round_().add_(zero[j]).clamp_(0, max_code)
-            codes[j] = code
-            error = code.sub_(zero[j]).mul_(scale[j]).sub_(column).div_(factor[j, j])
+            column, step, shift = rest[j], steps[j - begin], shifts[j - begin]
+            code = (column / step).round_().add_(shift).clamp_(0, max_code)
+            error = torch.sub(code, shift).mul_(step).sub_(column).div_(factor[j, j])
             rest[j + 1 : end].addr_(factor[j, j + 1 : end], error)
             errors[j - begin] = error
+            rest[j] = code  # the column is done: its place holds its codes
         rest[end:].addmm_(factor[begin:end, end:].t(), errors)
-    result = torch.empty_like(codes)
-    result[order] = codes
-    return result.t().contiguous()
+    codes = torch.empty_like(weight)
+    codes.t()[order] = rest
+    return codes
 
 
 def offsets_for(weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, margin: float = 0.1) -> Tensor:

@@ -28,6 +28,7 @@ from auto_round.source.blocks import text_names
 from auto_round.tune.alone import quantise_alone
 from auto_round.tune.block import Activations, BlockTask, TunedBlock, tune_block
 from auto_round.tune.moments import Moments
+from auto_round.tune.start import inputs_from
 
 OUTSIDE = "outside"  # the journal's title for layers in no block
 
@@ -206,7 +207,7 @@ class Runner:
                 ):
                     moments.next_batch(calibration.mask[rows].to(inputs.device))
                     moments.observe(name, inputs)
-            done[name] = self._alone(name, moments.of(name))
+            done[name] = self._alone(name, moments.take(name))
         self._journal.put(OUTSIDE, done)
 
     def _alone(self, name: str, moment: Tensor | None) -> QuantTensor:
@@ -214,8 +215,9 @@ class Runner:
         assert scheme is not None
         weight = self._skeleton.weight(name + ".weight")
         examine(name, weight, scheme)
+        kind = self._job.recipe.start
         try:
-            return quantise_alone(weight, scheme, self._job.recipe.start, moment, self._job.device)
+            return quantise_alone(weight, scheme, kind, inputs_from(moment, kind), self._job.device)
         except AutoRoundError as error:
             raise type(error)(f"layer {name!r}: {error}") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from auto_round.qtensor import QuantTensor
 from auto_round.spec.recipe import Recipe
 from auto_round.spec.scheme import Scheme
 from auto_round.tune.moments import Moments
+from auto_round.tune.start import Inputs, inputs_from
 from auto_round.tune.starting import Layer, start_layer
 
 # Shares of the steps after which the codes are tried on the held-out samples; the last are the likely winners.
@@ -96,14 +98,13 @@ def tune_block(
     def loss() -> float:
         return evaluate(task, activations, judge, recipe.batch_size, device)
 
-    layers, _ = _start_layers(task, activations, recipe, device, plain=True)
+    layers = _plain_layers(task, device, keep=recipe.start == "plain")
     unreached: tuple[str, ...] = ()
-    _write(task, layers)
-    loss_plain = loss()
+    loss_plain = loss_start = loss()
     if recipe.start != "plain":
-        layers, unreached = _start_layers(task, activations, recipe, device, plain=False)
+        layers, unreached = _start_layers(task, activations, recipe, device)
         _write(task, layers)
-    loss_start = loss() if recipe.start != "plain" else loss_plain
+        loss_start = loss()
     best, best_loss, kept = _snapshot(layers), loss_start, 0
     if not all(map(_is_finite, (loss_plain, loss_start))):
         raise AutoRoundError("the block's output is NaN or infinite on the calibration samples")
@@ -140,29 +141,53 @@ def _is_finite(value: float) -> bool:
 
 
 @torch.no_grad()
-def _start_layers(
-    task: BlockTask, activations: Activations, recipe: Recipe, device: torch.device, *, plain: bool
-) -> tuple[dict[str, Layer], tuple[str, ...]]:
-    """The layers at their start, and the names of those that no token reached (none are known for the plain one)."""
-    kind = "plain" if plain else recipe.start
-    moments = Moments(task.linears)
-    if kind != "plain":
-        for name, linear in task.linears.items():
-            linear.weight.data.copy_(task.weights[name])
-        with moments:
-            for batch in torch.arange(activations.inputs.shape[0]).split(recipe.batch_size):
-                inputs, _, mask = activations.pick(batch, device)
-                moments.next_batch(mask)
-                task.run(inputs, batch)
+def _plain_layers(task: BlockTask, device: torch.device, *, keep: bool) -> dict[str, Layer]:
+    """Give every Linear the weight of the plain start; return the layers if they are to be kept."""
     layers = {}
-    for name in task.linears:
-        weight = task.weights[name].to(device)
-        try:
-            layers[name] = start_layer(weight, task.schemes[name], kind, moments.of(name))
-        except AutoRoundError as error:
-            raise AutoRoundError(f"layer {name!r}: {error}") from None
-    unreached = () if kind == "plain" else tuple(name for name in task.linears if not moments.reached(name))
-    return layers, unreached
+    for name, linear in task.linears.items():
+        layer = _start(task, name, "plain", None, device)
+        layer.write_weight(linear.weight.data)
+        if keep:
+            layers[name] = layer
+    return layers
+
+
+@torch.no_grad()
+def _start_layers(
+    task: BlockTask, activations: Activations, recipe: Recipe, device: torch.device
+) -> tuple[dict[str, Layer], tuple[str, ...]]:
+    """The layers at the start of `recipe`, and the names of those that no token reached.
+
+    A moment is freed as soon as the layers that share it have started.
+    """
+    for name, linear in task.linears.items():
+        linear.weight.data.copy_(task.weights[name])
+    with Moments(task.linears) as moments:
+        for batch in torch.arange(activations.inputs.shape[0]).split(recipe.batch_size):
+            inputs, _, mask = activations.pick(batch, device)
+            moments.next_batch(mask)
+            task.run(inputs, batch)
+    layers = {}
+    for names in moments.shared():
+        with _naming(names[0]):
+            known = inputs_from(moments.take(names[0]), recipe.start)
+        layers.update({name: _start(task, name, recipe.start, known, device) for name in names})
+    unreached = tuple(name for name in task.linears if not moments.reached(name))
+    return {name: layers[name] for name in task.linears}, unreached
+
+
+def _start(task: BlockTask, name: str, kind: str, inputs: Inputs | None, device: torch.device) -> Layer:
+    with _naming(name):
+        return start_layer(task.weights[name].to(device), task.schemes[name], kind, inputs)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Put the layer's name in front of what is wrong with it."""
+    try:
+        yield
+    except AutoRoundError as error:
+        raise AutoRoundError(f"layer {name!r}: {error}") from None
 
 
 @torch.no_grad()

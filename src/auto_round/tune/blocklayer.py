@@ -12,15 +12,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from auto_round.errors import AutoRoundError
-from auto_round.numerics.compensate import compensated_codes, offsets_for
+from auto_round.numerics.compensate import Compensation, compensated_codes, offsets_for
 from auto_round.numerics.integer import fake_quantise, gradients, quantise
 from auto_round.numerics.kpack import pack_blocks
 from auto_round.numerics.kquant import CHUNK, Grid, half, plain_grid, search_grid, to_fields
 from auto_round.qtensor import BlockTensor
 from auto_round.spec.blocks import BlockScheme
-from auto_round.tune.layer import ROW_CHUNK, SEARCHED_BOUNDS
-from auto_round.tune.start import importance_of
+from auto_round.tune.layer import ROW_CHUNK, SEARCHED_BOUNDS, require_finite
+from auto_round.tune.start import Inputs
 
 
 class BlockLayer:
@@ -29,22 +28,20 @@ class BlockLayer:
     `multipliers` is (2, out, blocks, 1, 1): alpha, beta.
     """
 
-    def __init__(self, weight: Tensor, scheme: BlockScheme, kind: str, moment: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, scheme: BlockScheme, kind: str, inputs: Inputs | None) -> None:
         """Take the weight (out, in) in any float dtype and start as `kind` says (see Recipe.start).
 
-        moment: (in, in) float32 second moment of the inputs, None when it is not known. Raises AutoRoundError when the
-        weight is not finite.
+        inputs: None when they are not known. Raises AutoRoundError when the weight is not finite.
         """
-        if not bool(torch.isfinite(weight).all()):
-            raise AutoRoundError("the weight holds NaN or infinity; the checkpoint is damaged or was not trained")
+        require_finite(weight)
         self.scheme = scheme
         self.weight = weight.float().unflatten(1, (-1, scheme.subs, scheme.width))
-        self._start = self._searched(moment) if kind != "plain" else plain_grid(self.weight, scheme)
+        self._start = self._searched(inputs) if kind != "plain" else plain_grid(self.weight, scheme)
         self.multipliers = torch.ones_like(torch.stack([self._start.d, self._start.d]))
         self._zero = self.weight.new_full((1, 1, 1, 1), float(scheme.zero))
         self.offset = torch.zeros_like(self.weight)
-        if kind == "compensated" and moment is not None:
-            self._compensate(moment)
+        if inputs is not None and inputs.compensation is not None:
+            self._compensate(inputs.compensation)
 
     def grid(self) -> Grid:
         """The grid as it would be stored now."""
@@ -104,9 +101,9 @@ class BlockLayer:
     def _stored_m(self, m: Tensor) -> Tensor:
         return half(m) if self.scheme.two_level else m.half().float()
 
-    def _searched(self, moment: Tensor | None) -> Grid:
+    def _searched(self, inputs: Inputs | None) -> Grid:
         in_features = self.weight[0].numel()
-        importance = self.weight.new_ones(in_features) if moment is None else importance_of(moment)
+        importance = self.weight.new_ones(in_features) if inputs is None else inputs.importance
         importance = importance.view_as(self.weight[0])
         rows = max(1, CHUNK // in_features)
         parts = [search_grid(chunk, importance, self.scheme) for chunk in self.weight.split(rows)]
@@ -117,12 +114,15 @@ class BlockLayer:
             torch.cat([p.mins for p in parts]),
         )
 
-    def _compensate(self, moment: Tensor) -> None:
-        step = self._start.step().expand_as(self.weight).flatten(1)
-        shifted = (self.weight + self._start.low(self.scheme)).flatten(1)
-        zero = torch.full_like(shifted, float(self.scheme.zero))
-        codes = compensated_codes(shifted, step, zero, self.scheme.max_code, moment)
-        self.offset = offsets_for(shifted, codes, step, zero).view_as(self.weight)
+    def _compensate(self, known: Compensation) -> None:
+        step, low = self._start.step(), self._start.low(self.scheme)
+        scale = step.expand(*self.weight.shape[:-1], 1).flatten(1)
+        zero = torch.full_like(scale, float(self.scheme.zero))
+        shifted = (self.weight + low).flatten(1)
+        codes = compensated_codes(shifted, scale, zero, self.scheme.width, self.scheme.max_code, known)
+        for rows in self._chunks():
+            level = codes[rows].view_as(self.weight[rows])
+            self.offset[rows] = offsets_for(self.weight[rows] + low[rows], level, step[rows], self._zero)
 
     def _chunks(self) -> list[slice]:
         """Row ranges of one elementwise pass, as in `TunedLayer`."""

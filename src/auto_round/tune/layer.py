@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,12 @@ PLAIN_BOUNDS = (0.0, 1.0)
 SEARCHED_BOUNDS = (0.1, 2.0)
 
 
+def require_finite(weight: Tensor) -> None:
+    """Raise AutoRoundError when a weight of any float dtype holds NaN or infinity."""
+    if not all(map(math.isfinite, weight.aminmax())):  # takes no memory, as `isfinite` does
+        raise AutoRoundError("the weight holds NaN or infinity; the checkpoint is damaged or was not trained")
+
+
 class TunedLayer:
     """One Linear while its block is tuned.
 
@@ -28,8 +36,7 @@ class TunedLayer:
 
     def __init__(self, weight: Tensor, scheme: Scheme, start: Start, *, searched: bool) -> None:
         """Take the weight (out, in) in any float dtype; raise AutoRoundError when it is not finite."""
-        if not bool(torch.isfinite(weight).all()):
-            raise AutoRoundError("the weight holds NaN or infinity; the checkpoint is damaged or was not trained")
+        require_finite(weight)
         self.scheme = scheme
         self.in_features = weight.shape[1]
         self.weight = to_groups(weight.float(), scheme.group_width(self.in_features))

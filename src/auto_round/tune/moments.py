@@ -36,6 +36,7 @@ class Moments:
     ) -> None:
         for handle in self._handles:
             handle.remove()
+        self._seen.clear()
 
     def next_batch(self, mask: Tensor | None) -> None:
         """Say which tokens of the coming batch count: (batch, tokens) bool, None for all."""
@@ -50,10 +51,18 @@ class Moments:
         """True when a token came to the layer."""
         return bool(self._tokens.get(self.owner(name)))
 
-    def of(self, name: str) -> Tensor | None:
-        """Mean x x^T, (in, in) float32, or None when no token reached the layer."""
+    def shared(self) -> list[list[str]]:
+        """Linears that share one moment, in lists; those with most inputs first, whose start takes most memory."""
+        lists: dict[str, list[str]] = {}
+        for name in self._linears:
+            lists.setdefault(self.owner(name), []).append(name)
+        return sorted(lists.values(), key=lambda names: -self._linears[names[0]].in_features)
+
+    def take(self, name: str) -> Tensor | None:
+        """Mean x x^T, (in, in) float32, or None when no token reached the layer. It is forgotten here."""
         owner = self.owner(name)
-        return self._sums[owner] / self._tokens[owner] if self._tokens.get(owner) else None
+        total = self._sums.pop(owner, None)
+        return total.div_(self._tokens[owner]) if total is not None and self._tokens[owner] else None
 
     def observe(self, name: str, inputs: Tensor) -> None:
         """Add what the Linear `name` is given: (batch, tokens, in), or (rows, in) where a model regroups tokens."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from auto_round.numerics.compensate import compensated_codes, offsets_for
+from auto_round.numerics.compensate import Compensation, compensated_codes, compensation, offsets_for
 from auto_round.numerics.groups import expand_groups, to_groups
 from auto_round.numerics.integer import asym_grid, asym_range, storable, sym_anchor
 from auto_round.numerics.search import search_asym, search_sym
@@ -26,6 +26,33 @@ class Start:
     scale: Tensor
     zero: Tensor
     offset: Tensor | None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known of the inputs that some layers share.
+
+    importance: (in,) float32, see `importance_of`. compensation: None where the start does not ask for it.
+    """
+
+    importance: Tensor
+    compensation: Compensation | None
+
+
+def inputs_from(moment: Tensor | None, kind: str) -> Inputs | None:
+    """What the start `kind` needs of a second moment (in, in) float32; None for None.
+
+    Raises AutoRoundError when it is not finite.
+    """
+    if moment is None:
+        return None
+    return Inputs(importance_of(moment), compensation(moment) if kind == "compensated" else None)
+
+
+def importance_of(moment: Tensor) -> Tensor:
+    """Diagonal of the second moment, with a floor so that silent channels still count a little."""
+    diagonal = moment.diagonal()
+    return diagonal + 1e-3 * diagonal.mean() + torch.finfo(torch.float32).tiny
 
 
 def plain_grid(grouped: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -53,29 +80,25 @@ def searched_grid(grouped: Tensor, importance: Tensor, scheme: Scheme) -> tuple[
     return torch.cat(scales), torch.cat(zeros)
 
 
-def make_start(weight: Tensor, scheme: Scheme, kind: str, moment: Tensor | None) -> Start:
+def make_start(weight: Tensor, scheme: Scheme, kind: str, inputs: Inputs | None) -> Start:
     """Choose grid and offsets for a weight (out, in) float32.
 
-    kind: "plain", "search" or "compensated" (see Recipe.start). moment: (in, in) float32 second moment of the layer's
-    inputs; None when it is not known (a layer that calibration never reached), which leaves the plain search.
+    kind: "plain", "search" or "compensated" (see Recipe.start). inputs: None when they are not known (a layer that
+    calibration never reached), which leaves the plain search.
     """
     in_features = weight.shape[1]
     width = scheme.group_width(in_features)
     grouped = to_groups(weight, width)
     if kind == "plain":
         return Start(*plain_grid(grouped, scheme), None)
-    importance = weight.new_ones(in_features) if moment is None else importance_of(moment)
+    importance = weight.new_ones(in_features) if inputs is None else inputs.importance
     scale, zero = searched_grid(grouped, importance, scheme)
-    if kind == "search" or moment is None:
+    if inputs is None or inputs.compensation is None:
         return Start(scale, zero, None)
-    full_scale = expand_groups(scale[..., 0], width, in_features)
-    full_zero = expand_groups(zero[..., 0], width, in_features)
-    codes = compensated_codes(weight, full_scale, full_zero, scheme.max_code, moment)
-    offset = to_groups(offsets_for(weight, codes, full_scale, full_zero), width)
-    return Start(scale, zero, offset)
-
-
-def importance_of(moment: Tensor) -> Tensor:
-    """Diagonal of the second moment, with a floor so that silent channels still count a little."""
-    diagonal = moment.diagonal()
-    return diagonal + 1e-3 * diagonal.mean() + torch.finfo(torch.float32).tiny
+    scales, zeros = scale[..., 0], zero[..., 0]
+    offset = compensated_codes(weight, scales, zeros, width, scheme.max_code, inputs.compensation)
+    for begin in range(0, len(weight), rows := max(1, ROW_CHUNK // in_features)):
+        part = slice(begin, begin + rows)
+        steps, shifts = (expand_groups(values[part], width, in_features) for values in (scales, zeros))
+        offset[part] = offsets_for(weight[part], offset[part], steps, shifts)
+    return Start(scale, zero, to_groups(offset, width))
