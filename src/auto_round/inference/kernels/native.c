@@ -28,20 +28,9 @@
 #define INLINE static inline __attribute__((always_inline))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
-#ifndef STREAMS
-#define STREAMS 4
-#define AHEAD 2048
-#endif
-#define PREFETCH(p) (AHEAD ? __builtin_prefetch(p) : (void)0)
+#define STREAMS 4  /* tiles read in turns */
+#define AHEAD 2048 /* bytes prefetched before they are needed */
 #define TOTALS MAX(TOKEN_BLOCK, 8 * STREAMS)
-#define INLINE static inline __attribute__((always_inline))
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
-#define MAX(a, b) ((a) > (b) ? (a) : (b))
-#ifndef AHEAD
-#define AHEAD 2048
-#define HINT 3
-#define RUNS 4
-#endif
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 enum { PLAIN, AVX2, AVXVNNI, AVX512 };
@@ -193,11 +182,11 @@ INLINE void unpack(const uint8_t *restrict from, uint8_t *restrict to, int64_t q
 /* ---- one segment of one tile times some tokens: sums of [token][32] grow ---- */
 
 typedef struct {
-    const uint8_t *codes; /* unpacked */
+    const uint8_t *codes; /* packed for a lone token where there are vector instructions, else unpacked */
     const uint8_t *zeros; /* [32] or NULL */
     const uint16_t *scales;
     int64_t quads, padded, segments;
-    int bits;
+    int bits, packed;
 } Segment;
 
 INLINE void dot_plain(const Segment *s, const int8_t *digits, const int32_t *sums, const float *step, float *total, const int planes) {
@@ -240,6 +229,17 @@ finish_256(const Segment *s, const __m256i *acc, float step, float *total, int a
 
 #define QUAD(d, q) (((const int32_t *)(d))[q])
 
+/* Quad t of a packed unit, 8 outputs from where `from` points into its vectors. */
+INLINE TARGET_AVX2 __m256i take_256(const uint8_t *from, const int t, const int bits) {
+    const __m256i first = _mm256_loadu_si256((const __m256i *)(from + (bits == 3 ? t / 4 * VECTOR : 0)));
+    if (bits == 4) return _mm256_and_si256(_mm256_srli_epi16(first, 4 * t), _mm256_set1_epi8(15));
+    const __m256i low = _mm256_and_si256(_mm256_srli_epi16(first, 2 * (t % 4)), _mm256_set1_epi8(3));
+    if (bits == 2) return low;
+    const __m256i third = _mm256_loadu_si256((const __m256i *)(from + 2 * VECTOR));
+    const __m256i moved = t < 2 ? _mm256_slli_epi16(third, 2 - t) : _mm256_srli_epi16(third, t - 2);
+    return _mm256_or_si256(low, _mm256_and_si256(moved, _mm256_set1_epi8(4)));
+}
+
 /* 16 outputs at a time. Pair sums stay below 2^15 for 16 quads of codes up to 15, and for one quad of larger codes. */
 INLINE TARGET_AVX2 void
 dot_avx2(const Segment *s, const int8_t *digits, const int32_t *sums, const float *step, float *total, const int planes) {
@@ -269,6 +269,36 @@ dot_avx2(const Segment *s, const int8_t *digits, const int32_t *sums, const floa
     }
 }
 
+/* A lone token: codes go from their packed form to the products in registers. */
+INLINE TARGET_AVX2 void lone_avx2(const Segment *s, const int8_t *digits, const int32_t *sums, const float *step, float *total,
+                                  const int planes, const int bits) {
+    const int quads = unit_of(bits) / 4, bytes = unit_of(bits) * TILE * bits / 8, run = 16;
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int at = 0; at < TILE; at += 16) {
+        __m256i acc[2][MAX_PLANES];
+        for (int p = 0; p < planes; p++)
+            for (int h = 0; h < 2; h++) acc[h][p] = start_256(s, sums[p * s->segments], at + 8 * h);
+        const uint8_t *from = s->codes + 4 * at;
+        for (int64_t q = 0; q < s->quads;) {
+            const int64_t stop = MIN(q + run, s->quads);
+            __m256i pairs[2][MAX_PLANES];
+            for (int p = 0; p < planes; p++) pairs[0][p] = pairs[1][p] = _mm256_setzero_si256();
+            for (; q < stop; q += quads, from += bytes)
+                for (int t = 0; t < quads; t++) {
+                    const __m256i low = take_256(from, t, bits), high = take_256(from + 32, t, bits);
+                    for (int p = 0; p < planes; p++) {
+                        const __m256i d = _mm256_set1_epi32(QUAD(digits + p * s->padded, q + t));
+                        pairs[0][p] = _mm256_add_epi16(pairs[0][p], _mm256_maddubs_epi16(low, d));
+                        pairs[1][p] = _mm256_add_epi16(pairs[1][p], _mm256_maddubs_epi16(high, d));
+                    }
+                }
+            for (int p = 0; p < planes; p++)
+                for (int h = 0; h < 2; h++) acc[h][p] = _mm256_add_epi32(acc[h][p], _mm256_madd_epi16(pairs[h][p], ones));
+        }
+        for (int h = 0; h < 2; h++) finish_256(s, acc[h], *step, total, at + 8 * h, planes);
+    }
+}
+
 #if VNNI_256
 INLINE TARGET_AVXVNNI void
 dot_avxvnni(const Segment *s, const int8_t *digits, const int32_t *sums, const float *step, float *total, const int planes) {
@@ -288,44 +318,93 @@ dot_avxvnni(const Segment *s, const int8_t *digits, const int32_t *sums, const f
         for (int h = 0; h < 2; h++) finish_256(s, acc[h], *step, total, at + 8 * h, planes);
     }
 }
+
+INLINE TARGET_AVXVNNI void lone_avxvnni(const Segment *s, const int8_t *digits, const int32_t *sums, const float *step, float *total,
+                                        const int planes, const int bits) {
+    const int quads = unit_of(bits) / 4, bytes = unit_of(bits) * TILE * bits / 8;
+    for (int at = 0; at < TILE; at += 16) {
+        __m256i acc[2][MAX_PLANES];
+        for (int p = 0; p < planes; p++)
+            for (int h = 0; h < 2; h++) acc[h][p] = start_256(s, sums[p * s->segments], at + 8 * h);
+        const uint8_t *from = s->codes + 4 * at;
+        for (int64_t q = 0; q < s->quads; q += quads, from += bytes)
+            for (int t = 0; t < quads; t++)
+                for (int h = 0; h < 2; h++) {
+                    const __m256i w = take_256(from + 32 * h, t, bits);
+                    for (int p = 0; p < planes; p++)
+                        acc[h][p] = _mm256_dpbusd_avx_epi32(acc[h][p], w, _mm256_set1_epi32(QUAD(digits + p * s->padded, q + t)));
+                }
+        for (int h = 0; h < 2; h++) finish_256(s, acc[h], *step, total, at + 8 * h, planes);
+    }
+}
 #endif
 
-/* `tokens` at once, each weight loaded once; a lone token has two chains of sums, or it would wait for its own results. */
+INLINE TARGET_AVX512 __m512i start_512(const Segment *s, int32_t sum, int at) {
+    if (!s->zeros) return _mm512_set1_epi32(-sum * (1 << (s->bits - 1)));
+    return _mm512_mullo_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(s->zeros + at))), _mm512_set1_epi32(-sum));
+}
+
+INLINE TARGET_AVX512 void finish_512(const Segment *s, const __m512i *acc, float step, float *total, int at, const int planes) {
+    __m512 value = _mm512_cvtepi32_ps(acc[0]);
+    for (int p = 1; p < planes; p++) value = _mm512_fmadd_ps(value, _mm512_set1_ps(128), _mm512_cvtepi32_ps(acc[p]));
+    __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(s->scales + at)));
+    _mm512_storeu_ps(total + at, _mm512_fmadd_ps(value, _mm512_mul_ps(scale, _mm512_set1_ps(step)), _mm512_loadu_ps(total + at)));
+}
+
+/* `tokens` at once, each weight loaded once. */
 INLINE TARGET_AVX512 void
 dot_avx512(const Segment *s, const int8_t *digits, const int32_t *sums, const float *step, float *total, const int planes, const int tokens) {
-    const int chains = tokens == 1 ? 2 : 1;
-    __m512i acc[4][MAX_PLANES][2]; /* [token or chain][plane][half] */
+    __m512i acc[4][2][MAX_PLANES]; /* [token][half][plane] */
     for (int t = 0; t < tokens; t++)
         for (int p = 0; p < planes; p++)
-            for (int h = 0; h < 2; h++) {
-                const int32_t sum = sums[(t * planes + p) * s->segments];
-                acc[t][p][h] = s->zeros ? _mm512_mullo_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(s->zeros + 16 * h))),
-                                                             _mm512_set1_epi32(-sum))
-                                        : _mm512_set1_epi32(-sum * (1 << (s->bits - 1)));
-                if (chains == 2) acc[1][p][h] = _mm512_setzero_si512();
-            }
-    for (int64_t q = 0; q < s->quads; q += chains)
-        for (int c = 0; c < chains && q + c < s->quads; c++) {
-            const uint8_t *w = s->codes + (q + c) * VECTOR;
-            const __m512i low = _mm512_loadu_si512(w), high = _mm512_loadu_si512(w + 64);
-            for (int t = 0; t < tokens; t++)
-                for (int p = 0; p < planes; p++) {
-                    const __m512i d = _mm512_set1_epi32(QUAD(digits + (t * planes + p) * s->padded, q + c));
-                    acc[t + c][p][0] = _mm512_dpbusd_epi32(acc[t + c][p][0], low, d);
-                    acc[t + c][p][1] = _mm512_dpbusd_epi32(acc[t + c][p][1], high, d);
-                }
-        }
-    for (int t = 0; t < tokens; t++)
-        for (int h = 0; h < 2; h++) {
-            __m512 value = _mm512_setzero_ps();
+            for (int h = 0; h < 2; h++) acc[t][h][p] = start_512(s, sums[(t * planes + p) * s->segments], 16 * h);
+    for (int64_t q = 0; q < s->quads; q++) {
+        const uint8_t *w = s->codes + q * VECTOR;
+        const __m512i low = _mm512_loadu_si512(w), high = _mm512_loadu_si512(w + 64);
+        for (int t = 0; t < tokens; t++)
             for (int p = 0; p < planes; p++) {
-                __m512i whole = chains == 2 ? _mm512_add_epi32(acc[0][p][h], acc[1][p][h]) : acc[t][p][h];
-                value = _mm512_fmadd_ps(value, _mm512_set1_ps(128), _mm512_cvtepi32_ps(whole));
+                const __m512i d = _mm512_set1_epi32(QUAD(digits + (t * planes + p) * s->padded, q));
+                acc[t][0][p] = _mm512_dpbusd_epi32(acc[t][0][p], low, d);
+                acc[t][1][p] = _mm512_dpbusd_epi32(acc[t][1][p], high, d);
             }
-            __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(s->scales + 16 * h)));
-            float *to = total + t * TILE + 16 * h;
-            _mm512_storeu_ps(to, _mm512_fmadd_ps(value, _mm512_mul_ps(scale, _mm512_set1_ps(step[t * s->segments])), _mm512_loadu_ps(to)));
+    }
+    for (int t = 0; t < tokens; t++)
+        for (int h = 0; h < 2; h++) finish_512(s, acc[t][h], step[t * s->segments], total + t * TILE, 16 * h, planes);
+}
+
+/* Quad t of a packed unit, 16 outputs from where `from` points into its vectors. */
+INLINE TARGET_AVX512 __m512i take_512(const uint8_t *from, const int t, const int bits) {
+    const __m512i first = _mm512_loadu_si512(from + (bits == 3 ? t / 4 * VECTOR : 0));
+    if (bits == 4) return _mm512_and_si512(_mm512_srli_epi16(first, 4 * t), _mm512_set1_epi8(15));
+    const __m512i low = _mm512_and_si512(_mm512_srli_epi16(first, 2 * (t % 4)), _mm512_set1_epi8(3));
+    if (bits == 2) return low;
+    const __m512i third = _mm512_loadu_si512(from + 2 * VECTOR);
+    const __m512i moved = t < 2 ? _mm512_slli_epi16(third, 2 - t) : _mm512_srli_epi16(third, t - 2);
+    return _mm512_or_si512(low, _mm512_and_si512(moved, _mm512_set1_epi8(4)));
+}
+
+/* Two chains of sums, or a product would wait for the one before. */
+INLINE TARGET_AVX512 void lone_avx512(const Segment *s, const int8_t *digits, const int32_t *sums, const float *step, float *total,
+                                      const int planes, const int bits) {
+    const int quads = unit_of(bits) / 4, bytes = unit_of(bits) * TILE * bits / 8;
+    __m512i acc[2][2][MAX_PLANES]; /* [chain][half][plane] */
+    for (int p = 0; p < planes; p++)
+        for (int h = 0; h < 2; h++) {
+            acc[0][h][p] = start_512(s, sums[p * s->segments], 16 * h);
+            acc[1][h][p] = _mm512_setzero_si512();
         }
+    const uint8_t *from = s->codes;
+    for (int64_t q = 0; q < s->quads; q += quads, from += bytes)
+        for (int t = 0; t < quads; t++)
+            for (int h = 0; h < 2; h++) {
+                const __m512i w = take_512(from + 64 * h, t, bits);
+                for (int p = 0; p < planes; p++)
+                    acc[t & 1][h][p] = _mm512_dpbusd_epi32(acc[t & 1][h][p], w, _mm512_set1_epi32(QUAD(digits + p * s->padded, q + t)));
+            }
+    for (int h = 0; h < 2; h++) {
+        for (int p = 0; p < planes; p++) acc[0][h][p] = _mm512_add_epi32(acc[0][h][p], acc[1][h][p]);
+        finish_512(s, acc[0][h], *step, total, 16 * h, planes);
+    }
 }
 #endif
 
@@ -333,7 +412,8 @@ dot_avx512(const Segment *s, const int8_t *digits, const int32_t *sums, const fl
 typedef void Dots(const Segment *, const int8_t *digits, const int32_t *sums, const float *steps, float *total, int64_t tokens,
                   int planes);
 
-#define DOTS(name, attribute, most_2, most_3, CALL)                                                                   \
+/* Each case has its planes, tokens and bits as constants. LONE: how one token goes with packed codes. */
+#define DOTS(name, attribute, most_2, most_3, CALL, LONE)                                                             \
     static attribute void dots_##name(const Segment *s, const int8_t *digits, const int32_t *sums, const float *steps, \
                                       float *total, int64_t tokens, int planes) {                                     \
         for (int64_t t = 0; t < tokens;) {                                                                            \
@@ -341,30 +421,40 @@ typedef void Dots(const Segment *, const int8_t *digits, const int32_t *sums, co
             const int32_t *m = sums + t * planes * s->segments;                                                       \
             const float *f = steps + t * s->segments;                                                                 \
             float *y = total + t * TILE;                                                                              \
-            if (planes == 2 && tokens - t >= most_2) { CALL(2, most_2); t += most_2; }                                \
+            if (s->packed && planes == 2) { BY_BITS(LONE, 2) t++; }                                                   \
+            else if (s->packed) { BY_BITS(LONE, 3) t++; }                                                             \
+            else if (planes == 2 && tokens - t >= most_2) { CALL(2, most_2); t += most_2; }                           \
             else if (planes == 3 && tokens - t >= most_3) { CALL(3, most_3); t += most_3; }                           \
             else if (planes == 2) { CALL(2, 1); t++; }                                                                \
             else { CALL(3, 1); t++; }                                                                                 \
         }                                                                                                             \
     }
+#define BY_BITS(LONE, planes)                                                                                         \
+    if (s->bits == 2) LONE(planes, 2);                                                                                \
+    else if (s->bits == 3) LONE(planes, 3);                                                                           \
+    else LONE(planes, 4);
 #define CALL_PLAIN(planes, count) dot_plain(s, d, m, f, y, planes)
 #define CALL_AVX2(planes, count) dot_avx2(s, d, m, f, y, planes)
 #define CALL_AVXVNNI(planes, count) dot_avxvnni(s, d, m, f, y, planes)
 #define CALL_AVX512(planes, count) dot_avx512(s, d, m, f, y, planes, count)
-DOTS(plain, , 1, 1, CALL_PLAIN)
+#define LONE_PLAIN(planes, bits) (void)0
+#define LONE_AVX2(planes, bits) lone_avx2(s, d, m, f, y, planes, bits)
+#define LONE_AVXVNNI(planes, bits) lone_avxvnni(s, d, m, f, y, planes, bits)
+#define LONE_AVX512(planes, bits) lone_avx512(s, d, m, f, y, planes, bits)
+DOTS(plain, , 1, 1, CALL_PLAIN, LONE_PLAIN)
 #ifdef X86
-DOTS(avx2, TARGET_AVX2, 1, 1, CALL_AVX2)
+DOTS(avx2, TARGET_AVX2, 1, 1, CALL_AVX2, LONE_AVX2)
 #if VNNI_256
-DOTS(avxvnni, TARGET_AVXVNNI, 1, 1, CALL_AVXVNNI)
+DOTS(avxvnni, TARGET_AVXVNNI, 1, 1, CALL_AVXVNNI, LONE_AVXVNNI)
 #endif
-DOTS(avx512, TARGET_AVX512, 4, 3, CALL_AVX512)
+DOTS(avx512, TARGET_AVX512, 4, 3, CALL_AVX512, LONE_AVX512)
 #endif
 
 /* ---- a band of tiles times at most TOKEN_BLOCK tokens ---- */
 
 /* The tiles of a band take turns segment by segment, so that memory is read in several streams at once. */
 INLINE void multiply(const Job *job, int64_t first, int64_t last, int64_t token, int64_t count, Dots *dots, const int bits) {
-    const int planes = job->planes;
+    const int planes = job->planes, packed = bits != 8 && count == 1 && job->isa != PLAIN, unpacks = bits != 8 && !packed;
     uint8_t unpacked[SEGMENT / 4 * VECTOR] __attribute__((aligned(64)));
     float total[TOTALS * TILE] __attribute__((aligned(64))); /* [tile][token][32] */
     memset(total, 0, (size_t)((last - first) * count) * TILE * 4);
@@ -377,10 +467,10 @@ INLINE void multiply(const Job *job, int64_t first, int64_t last, int64_t token,
             for (int64_t tile = first; tile < last; tile++) {
                 const int64_t scale_at = (tile * job->groups + group) * TILE, bytes = inputs * TILE * bits / 8;
                 const uint8_t *codes = job->codes + tile * job->tile_bytes + offset;
-                const Segment s = {bits == 8 ? codes : unpacked, job->zeros ? job->zeros + scale_at : NULL,
-                                   job->scales + scale_at, inputs / 4, job->padded, job->segments, bits};
-                for (int64_t b = 0; b < bytes; b += 64) PREFETCH(codes + AHEAD + b);
-                if (bits != 8) unpack(codes, unpacked, inputs / 4, bits);
+                const Segment s = {unpacks ? unpacked : codes, job->zeros ? job->zeros + scale_at : NULL,
+                                   job->scales + scale_at, inputs / 4, job->padded, job->segments, bits, packed};
+                for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(codes + AHEAD + b);
+                if (unpacks) unpack(codes, unpacked, inputs / 4, bits);
                 dots(&s, digits + at, job->sums + segment + token * (planes - 1) * job->segments, job->steps + segment,
                      total + (tile - first) * count * TILE, count, planes);
             }
