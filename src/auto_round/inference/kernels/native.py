@@ -63,31 +63,50 @@ def native_linear(x: Tensor, tiles: Tiles, bias: Tensor | None, isa: int | None 
 
     isa: an instruction set that the CPU has, for tests. Raises RuntimeError when the kernel was not built.
     """
+    return _multiply(x, tiles.codes, tiles.scales, tiles.zeros, bias, *_numbers(tiles), isa)
+
+
+def _multiply(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_width: int,
+    out_features: int,
+    in_features: int,
+    isa: int | None = None,
+) -> Tensor:
     found = library()
     if isinstance(found, Reason):
         raise RuntimeError(str(found))
     x = x.contiguous()
-    y = x.new_empty(*x.shape[:-1], tiles.out_features)
-    threads = min(torch.get_num_threads(), 1 + tiles.codes.numel() // BYTES_PER_THREAD)
+    y = x.new_empty((*x.shape[:-1], out_features))
     failed = found.linear(
         x.data_ptr(),
-        tiles.codes.data_ptr(),
-        tiles.scales.data_ptr(),
-        None if tiles.zeros is None else tiles.zeros.data_ptr(),
+        codes.data_ptr(),
+        scales.data_ptr(),
+        None if zeros is None else zeros.data_ptr(),
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        x.numel() // tiles.in_features,
-        tiles.in_features,
-        tiles.out_features,
-        tiles.scheme.group_width(tiles.in_features),
-        tiles.scheme.bits,
+        x.numel() // in_features,
+        in_features,
+        out_features,
+        group_width,
+        bits,
         DTYPES[x.dtype],
         found.isas[-1] if isa is None else isa,
-        threads,
+        min(torch.get_num_threads(), 1 + codes.numel() // BYTES_PER_THREAD),
     )
     if failed:
         raise MemoryError(f"no memory for the fixed-point form of activations of shape {tuple(x.shape)}")
     return y
+
+
+def _numbers(tiles: Tiles) -> tuple[int, int, int, int]:
+    scheme = tiles.scheme
+    return scheme.bits, scheme.group_width(tiles.in_features), tiles.out_features, tiles.in_features
 
 
 def reference_linear(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
@@ -97,24 +116,15 @@ def reference_linear(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
     return linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
 
 
-# The operator takes the fields of `Tiles` one by one, as torch's schemas know tensors and numbers only.
+# The operator takes the fields of `Tiles` one by one, as torch's schemas know tensors and numbers only. Its gradient is
+# not registered with it: that would cost every call 10 us and more, also where none is wanted.
 _OPERATOR = "auto_round::tiles_linear"
 torch.library.define(
     _OPERATOR,
-    "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int bits, int group_size, int out_features, "
+    "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int bits, int group_width, int out_features, "
     "int in_features) -> Tensor",
 )
-
-
-def _tiles(
-    codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, out_features: int, in_features: int
-) -> Tiles:
-    return Tiles(codes, scales, zeros, Scheme(bits, group_size, zeros is None), out_features, in_features)
-
-
-@torch.library.impl(_OPERATOR, "cpu")
-def _run(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, *numbers: int) -> Tensor:
-    return native_linear(x, _tiles(codes, scales, zeros, *numbers), bias)
+torch.library.impl(_OPERATOR, "cpu", _multiply)
 
 
 def _shape(
@@ -124,7 +134,7 @@ def _shape(
     zeros: Tensor | None,
     bias: Tensor | None,
     bits: int,
-    group_size: int,
+    group_width: int,
     out_features: int,
     in_features: int,
 ) -> Tensor:
@@ -134,33 +144,33 @@ def _shape(
 torch.library.register_fake(_OPERATOR, _shape)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, codes, scales, zeros, bias, *ctx.numbers = inputs
-    ctx.save_for_backward(codes, scales, zeros)
-    ctx.biased = bias is not None
+class _Differentiable(torch.autograd.Function):
+    """The operator with its gradient to x and bias."""
 
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        y: Tensor = torch.ops.auto_round.tiles_linear(*arguments)
+        return y
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    weight = _tiles(*ctx.saved_tensors, *ctx.numbers).qtensor().dequantize(torch.float32)
-    for_bias = grad.flatten(0, -2).sum(0) if ctx.biased else None
-    return (grad.float() @ weight).to(grad.dtype), None, None, None, for_bias, None, None, None, None
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, codes, scales, zeros, bias, *ctx.numbers = inputs
+        ctx.save_for_backward(codes, scales, zeros)
+        ctx.biased = bias is not None
 
-
-torch.library.register_autograd(_OPERATOR, _backward, setup_context=_remember)
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        codes, scales, zeros = ctx.saved_tensors
+        bits, group_width, out_features, in_features = ctx.numbers
+        scheme = Scheme(bits, group_width, zeros is None)
+        weight = Tiles(codes, scales, zeros, scheme, out_features, in_features).qtensor().dequantize(torch.float32)
+        for_bias = grad.flatten(0, -2).sum(0) if ctx.biased else None
+        return (grad.float() @ weight).to(grad.dtype), None, None, None, for_bias, None, None, None, None
 
 
 def operator_linear(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
     """`native_linear` as the operator ``auto_round::tiles_linear``: torch.compile and autograd see through it."""
-    scheme = tiles.scheme
-    y: Tensor = torch.ops.auto_round.tiles_linear(
-        x,
-        tiles.codes,
-        tiles.scales,
-        tiles.zeros,
-        bias,
-        scheme.bits,
-        scheme.group_size,
-        tiles.out_features,
-        tiles.in_features,
-    )
+    wanted = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    call: Any = _Differentiable.apply if wanted else torch.ops.auto_round.tiles_linear
+    y: Tensor = call(x, tiles.codes, tiles.scales, tiles.zeros, bias, *_numbers(tiles))
     return y
