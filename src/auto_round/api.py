@@ -88,6 +88,9 @@ class AutoRound:
         enable_torch_compile: bool | None = None,
         start: str | None = None,
         heldout: float | None = None,
+        finish_iters: int | None = None,
+        finish_lr: float | None = None,
+        finish_nsamples: int | None = None,
         dataset: Dataset = "auto",
         device: str | int | torch.device = "auto",
         compute_dtype: str = "auto",
@@ -119,6 +122,9 @@ class AutoRound:
             enable_torch_compile=enable_torch_compile,
             start=start,
             heldout=heldout,
+            finish_iters=finish_iters,
+            finish_lr=finish_lr,
+            finish_nsamples=finish_nsamples,
         )
         place = resolve_device(device)
         self._job = Job(

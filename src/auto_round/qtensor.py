@@ -69,6 +69,13 @@ class QTensor:
         scales = self._spread(self.scales.float())
         return ((self.codes.to(torch.int16) - offsets).float() * scales).to(dtype)
 
+    def to(self, device: torch.device) -> QTensor:
+        """The same tensor on `device`."""
+        zeros, g_idx = (None if part is None else part.to(device) for part in (self.zeros, self.g_idx))
+        return dataclasses.replace(
+            self, codes=self.codes.to(device), scales=self.scales.to(device), zeros=zeros, g_idx=g_idx
+        )
+
     def in_order(self) -> tuple[QTensor, Tensor]:
         """Bring the inputs of a group together: return (a tensor without g_idx, order (in,) int64) of equal weights.
 

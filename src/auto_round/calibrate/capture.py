@@ -77,6 +77,7 @@ class _Recorder(nn.Module):
         return (hidden, *[None] * (self._width - 1)) if self._width else hidden
 
 
+@torch.no_grad()
 def capture(
     model: nn.Module, block_names: Sequence[str], tokens: Tensor, beside: Mapping[str, Tensor] = MappingProxyType({})
 ) -> Captured:
@@ -155,8 +156,7 @@ def _record(
     for index, (name, block) in enumerate(blocks.items()):
         model.set_submodule(name, _Recorder(block, index, len(blocks), record, final, width))
     try:
-        with torch.no_grad():
-            model(**inputs, use_cache=False)
+        model(**inputs, use_cache=False)
     except _DoneError:
         pass
     except (AttributeError, IndexError, TypeError, ValueError, RuntimeError, NotImplementedError):
@@ -171,7 +171,8 @@ def _record(
 
 
 def logits_of(model: nn.Module, block_names: Sequence[str], tokens: Tensor, hidden: Tensor) -> Tensor:
-    """Logits (batch, tokens, vocabulary) of the whole model when its last block's output is `hidden`.
+    """Logits (batch, tokens, vocabulary) of the whole model when its last block's output is `hidden`, with a graph if
+    `hidden` has one.
 
     tokens: (batch, tokens) int64; hidden: (batch, tokens, hidden). Everything but the blocks is loaded.
     """

@@ -50,6 +50,10 @@ class CalibrationSet:
         if self.mask.shape != self.tokens.shape or self.mask.dtype != torch.bool:
             raise CalibrationError(f"the calibration mask is {self.mask.dtype} {tuple(self.mask.shape)}")
 
+    def first(self, count: int) -> CalibrationSet:
+        """The first `count` samples."""
+        return replace(self, tokens=self.tokens[:count], mask=self.mask[:count], beside=self.beside[:count])
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the tokens (int64), the mask (one byte each) and the other inputs, as hexadecimal digits."""

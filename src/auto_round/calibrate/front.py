@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -166,6 +167,23 @@ def store(shape: Sequence[int], dtype: torch.dtype, settings: Walk, name: str) -
         # Reserved at once: a page that finds no room on a full disk later would kill the process.
         os.posix_fallocate(f.fileno(), 0, count * dtype.itemsize)
     return torch.from_file(str(file), shared=True, size=count, dtype=dtype).reshape(tuple(shape))
+
+
+@contextmanager
+def behind_blocks(
+    skeleton: Skeleton, block_names: Sequence[str], dtype: torch.dtype, device: torch.device
+) -> Iterator[None]:
+    """Everything outside the blocks loaded, the head too."""
+    head = skeleton.model.get_output_embeddings()
+    modules = outside_blocks(skeleton.model, block_names)
+    modules += [(name, module) for name, module in skeleton.model.named_modules() if module is head]
+    for name, module in modules:
+        skeleton.load(module, name, dtype, device)
+    try:
+        yield
+    finally:
+        for name, module in modules:
+            skeleton.free(module, name)
 
 
 def outside_blocks(model: nn.Module, block_names: Sequence[str]) -> list[tuple[str, nn.Module]]:

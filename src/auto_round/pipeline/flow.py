@@ -16,6 +16,7 @@ from auto_round.calibrate.pairs import from_pairs, is_pairs
 from auto_round.calibrate.selftext import sample_tokens
 from auto_round.errors import SourceError, SpecError
 from auto_round.formats.base import Format
+from auto_round.pipeline.finishing import finish
 from auto_round.pipeline.forecast import forecast
 from auto_round.pipeline.inspection import inspect
 from auto_round.pipeline.job import Job, Prepared, Quantised, Ready, Saving
@@ -46,7 +47,7 @@ def make_ready(job: Job, formats: Sequence[Format], scratch: Path, listener: Lis
     tell_plan(prepared.plan, prepared.skeleton, listener)
     # Plain round-to-nearest needs no activations at all.
     calibration = None
-    if job.recipe.iters or job.recipe.start != "plain":
+    if job.recipe.iters or job.recipe.start != "plain" or job.recipe.finish_iters:
         inspect(prepared, listener)
         calibration = calibrate(prepared, listener)
     return Ready(prepared, calibration, signature(prepared, calibration))
@@ -60,7 +61,9 @@ def quantise(ready: Ready, journal: Journal, scratch: Path, listener: Listener) 
     """
     begin = time.perf_counter()
     job, data = ready.prepared.job, ready.calibration
-    samples, seqlen = data.tokens.shape if data is not None else (0, 0)
+    samples, seqlen = (
+        (len(data.first(job.recipe.nsamples).tokens), data.tokens.shape[1]) if data is not None else (0, 0)
+    )
     wanted = needs(ready.prepared, samples, seqlen)
     if sentence := too_much(wanted, job):
         if job.max_memory:
@@ -70,7 +73,9 @@ def quantise(ready: Ready, journal: Journal, scratch: Path, listener: Listener) 
         place = "on disk" if wanted.on_disk else "in memory"
         listener.note(f"activations are kept {place}, {wanted.samples_per_forward} samples go through a block at once")
     runner = Runner(ready.prepared, wanted, journal, scratch, listener)
-    blocks = runner.round_alone() if data is None else runner.tune(data)
+    blocks = runner.round_alone() if data is None else runner.tune(data.first(job.recipe.nsamples))
+    if data is not None and job.recipe.finish_iters:
+        finish(ready.prepared, journal, data, runner.settings, listener)
     return Quantised(ready, journal, tuple(blocks), time.perf_counter() - begin)
 
 
@@ -139,7 +144,7 @@ def calibrate(prepared: Prepared, listener: Listener) -> CalibrationSet:
 
     if is_pairs(job.dataset):
         processor = job.processor or processor_of(source.folder, trust_remote_code=job.trust_remote_code)
-        calibration = from_pairs(job.dataset, processor, nsamples=recipe.nsamples, seqlen=seqlen, listener=listener)
+        calibration = from_pairs(job.dataset, processor, nsamples=recipe.samples, seqlen=seqlen, listener=listener)
     else:
         calibration = _from_text(job, source, seqlen, listener, sampler)
     vocabulary = prepared.skeleton.model.get_input_embeddings().weight.shape[0]
@@ -156,7 +161,7 @@ def _from_text(job: Job, source: Source, seqlen: int, listener: Listener, sample
         return build_calibration(
             job.dataset,
             source.tokenizer,
-            nsamples=job.recipe.nsamples,
+            nsamples=job.recipe.samples,
             seqlen=seqlen,
             seed=job.recipe.seed,
             listener=listener,

@@ -9,8 +9,8 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from auto_round.calibrate.capture import logits_of
-from auto_round.calibrate.front import Walk, outside_blocks
+from auto_round.calibrate.front import Walk, behind_blocks
 from auto_round.calibrate.walker import walk
 from auto_round.errors import CheckError, SourceError, SpecError
 from auto_round.evaluate.metrics import Tally, evaluate_tokens, greedy, held_out_text, tally
@@ -207,7 +207,7 @@ def _block_by_block(result: Quantised, tokens: Tensor) -> tuple[Tensor, Tally, l
     assert original is not None
     assert quantised is not None
     errors.append(_relative_error(quantised, original))
-    with _behind_blocks(prepared):
+    with behind_blocks(prepared.skeleton, prepared.blocks, job.dtype, job.device):
         reference = _logits(prepared, tokens, original)
         if len(reference) != len(_targets(tokens)):
             return None
@@ -246,6 +246,7 @@ def _why_not_opened(folder: Path, needed: int, budget: int) -> str | None:
     return None
 
 
+@torch.no_grad()
 def _logits(prepared: Prepared, tokens: Tensor, hidden: Tensor) -> Tensor:
     """(n * (tokens - 1), vocabulary): what the original model makes of the last block's output."""
     device = prepared.job.device
@@ -274,19 +275,3 @@ def _finding(opened: str, total: Tally) -> Finding:
 
 def _rounded(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")
-
-
-@contextmanager
-def _behind_blocks(prepared: Prepared) -> Iterator[None]:
-    """Everything outside the blocks loaded, the head too."""
-    skeleton, job = prepared.skeleton, prepared.job
-    head = skeleton.model.get_output_embeddings()
-    modules = outside_blocks(skeleton.model, prepared.blocks)
-    modules += [(name, module) for name, module in skeleton.model.named_modules() if module is head]
-    for name, module in modules:
-        skeleton.load(module, name, job.dtype, job.device)
-    try:
-        yield
-    finally:
-        for name, module in modules:
-            skeleton.free(module, name)

@@ -14,6 +14,7 @@ import transformers
 import auto_round
 from auto_round.errors import FormatError, OutputError
 from auto_round.formats.base import Format
+from auto_round.pipeline.finishing import FINISHED
 from auto_round.pipeline.gate import Verdict, check, judge
 from auto_round.pipeline.job import Quantised, Ready, Saving
 from auto_round.pipeline.saving import blank_export, save
@@ -86,7 +87,8 @@ def published(target: Path, ready: Ready, formats: Sequence[Format]) -> RunRepor
 
 def check_space(ready: Ready, saving: Saving, work: Workspace) -> None:
     """Raise OutputError when journal and outputs will not fit the disk; what an earlier start wrote counts as there."""
-    needed = SPARE + ready.prepared.plan.codes_bytes() - _bytes_in(work.blocks)
+    kept = 2 if ready.prepared.job.recipe.finish_iters else 1  # with the scales of the blocks, and with the last
+    needed = SPARE + kept * ready.prepared.plan.codes_bytes() - _bytes_in(work.blocks)
     export = blank_export(ready.prepared)
     needed += sum(sum(output.sizes(export, saving.largest_shard).values()) for output in saving.formats)
     free = shutil.disk_usage(work.folder).free + _bytes_in(work.staging)
@@ -137,7 +139,15 @@ def _report(result: Quantised, folders: tuple[SavedFolder, ...], verdict: Verdic
         seed=job.recipe.seed,
         signature=result.ready.signature,
         check=verdict.summary() if verdict else None,
+        finishing=_finishing(result),
     )
+
+
+def _finishing(result: Quantised) -> dict[str, float | int | None] | None:
+    stats = result.journal.stats(FINISHED) if FINISHED in result.journal else None
+    if stats is None:
+        return None
+    return {"kl_before": stats.loss_start, "kl_after": stats.loss_end, "kept_iteration": stats.kept_iteration}
 
 
 def _weights_in(folder: Path) -> int:

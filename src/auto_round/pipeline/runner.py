@@ -60,10 +60,11 @@ class Runner:
                 self._journal.put(OUTSIDE, {name: self._alone(name, None) for name in self._prepared.outside})
         return finished
 
-    def tune(self, calibration: CalibrationSet) -> list[BlockStats]:
-        """Tune block after block, each seeing what the quantised ones before it give."""
-        recipe, job = self._job.recipe, self._job
-        settings = Walk(
+    @property
+    def settings(self) -> Walk:
+        """How blocks are walked over."""
+        job, recipe = self._job, self._job.recipe
+        return Walk(
             batch_size=recipe.batch_size,
             quantised_inputs=recipe.enable_quanted_input,
             device=job.device,
@@ -72,6 +73,11 @@ class Runner:
             cache=self._cache,
             compile=recipe.enable_torch_compile,
         )
+
+    def tune(self, calibration: CalibrationSet) -> list[BlockStats]:
+        """Tune block after block, each seeing what the quantised ones before it give."""
+        recipe, job = self._job.recipe, self._job
+        settings = self.settings
         mask = None if bool(calibration.mask.all()) else calibration.mask
         with self._told(recipe.iters):
             if self._complete():

@@ -45,6 +45,7 @@ class LiveListener:
         self._finished: list[float] = []
         self._started = 0.0
         self._peak = 0
+        self._finishing_began = self._finishing_from = 0.0
         self._bars: Progress | None = None
         self._block_bar = self._step_bar = TaskID(0)
 
@@ -112,6 +113,20 @@ class LiveListener:
         if self._bars is not None:
             self._bars.stop()
             self._bars = None
+
+    def finishing(self, iteration: int, iters: int, loss: float) -> None:
+        """Show one bar over all steps, or about ten lines where there is no terminal."""
+        if self._quiet:
+            return
+        if iteration == 0 or not self._finishing_began:
+            self._finishing_began = self._clock()
+            self._finishing_from = iteration
+        done = iteration + 1
+        spent = self._clock() - self._finishing_began
+        left = spent / max(done - self._finishing_from - 1, 1) * (iters - done)
+        if self._console.is_terminal or iteration % max(1, iters // 10) == 0:
+            text = f"finishing: step {done}/{iters}  KL {loss:.3g}  {seconds_text(left)} left"
+            self._console.print(Text(text), soft_wrap=True, end="\r" if self._console.is_terminal else "\n")
 
     def summary(self, stats: BlockStats) -> str:
         """One line on a finished block: its losses with plain rounding, at the start and at the end, and its time."""

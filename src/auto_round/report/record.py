@@ -52,6 +52,7 @@ class RunReport:
     needed none. bytes_before, bytes_after: weight files of the original, and the first output folder. seconds: wall
     time. peak_device_bytes: None on a CPU. signature: SHA-256 of all that decided the result, so that the same job
     is known again. check: how near the result is to the original, by each way of running it; None when not compared.
+    finishing: KL divergence on its held-out samples before and after the stage, and the step kept; None without one.
     A record read from JSON without "measured" has 0 and "" in those fields.
     """
 
@@ -75,6 +76,7 @@ class RunReport:
     seed: int
     signature: str
     check: Mapping[str, Any] | None = None
+    finishing: Mapping[str, Any] | None = None
 
     def to_json(self, measured: bool = True) -> str:
         """Return the record as JSON with sorted keys; without times, memory and paths unless `measured`."""

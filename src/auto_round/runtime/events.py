@@ -62,6 +62,10 @@ class Listener(Protocol):
         """Learn that tuning is over, whether it succeeded or not."""
         ...
 
+    def finishing(self, iteration: int, iters: int, loss: float) -> None:
+        """Learn the training loss of one of `iters` steps in which all scales learn together."""
+        ...
+
 
 class LogListener:
     """The default outside the command line: one log record per block, on the logger ``auto_round``."""
@@ -95,3 +99,8 @@ class LogListener:
 
     def end(self) -> None:
         """Say nothing."""
+
+    def finishing(self, iteration: int, iters: int, loss: float) -> None:
+        """Log about ten of the steps."""
+        if iteration % max(1, iters // 10) == 0:
+            self._log.info("finishing: step %d/%d, KL divergence %.4f", iteration + 1, iters, loss)

@@ -79,6 +79,24 @@ class Journal:
             zeros = None if place.scheme.sym else f.get_tensor(f"{name}.zeros")
             return QTensor(codes, f.get_tensor(f"{name}.scales"), zeros, place.scheme)
 
+    def keep(self, title: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Write the state of unfinished work durably, in the place of its last; facts: JSON values."""
+        data = {name: values.cpu().contiguous() for name, values in tensors.items()}
+        meta = {"facts": json.dumps(facts)}
+        write_durably(self._state(title), save(data, {**meta, "sha256": _digest(data, meta)}))
+
+    def kept(self, title: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What `keep` wrote last; None when nothing is there or it is damaged."""
+        found = _whole(self._state(title)) if self._state(title).exists() else None
+        return None if found is None else (found[0], json.loads(found[1]["facts"]))
+
+    def forget(self, title: str) -> None:
+        """Remove what `keep` wrote."""
+        self._state(title).unlink(missing_ok=True)
+
+    def _state(self, title: str) -> Path:
+        return self._folder / f"{title}.state"
+
     def stats(self, title: str) -> BlockStats | None:
         """What was measured when `title` was put; raise KeyError when it is not done."""
         return self._stats[title]
@@ -90,19 +108,25 @@ class Journal:
             self._places[name] = _Place(file, _scheme(scheme), values["in_features"])
 
     def _recall(self, file: Path) -> None:
-        try:
-            with safe_open(file, framework="pt") as f:
-                meta = dict(f.metadata() or {})
-                data = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  safe_open is not iterable
-        except SafetensorError:
-            meta, data = {}, {}
-        checksum = meta.pop("sha256", None)
-        if checksum is None or checksum != _digest(data, meta):
+        found = _whole(file)
+        if found is None:
             self.damaged.append(file.stem)
             file.unlink()
             return
+        meta = found[1]
         stats = json.loads(meta["stats"])
         self._note(file, json.loads(meta["layers"]), BlockStats(**stats) if stats else None)
+
+
+def _whole(file: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """Tensors and metadata of a file, None when it is damaged."""
+    try:
+        with safe_open(file, framework="pt") as f:
+            meta = dict(f.metadata() or {})
+            data = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  safe_open is not iterable
+    except SafetensorError:
+        return None
+    return (data, meta) if meta.pop("sha256", None) == _digest(data, meta) else None
 
 
 def _parts(tensor: QuantTensor) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -121,11 +122,22 @@ class Skeleton:
             found, expected = list(tensor.shape), list(shape)
             raise SourceError(f"tensor {stored!r} has shape {found}, the model's config says {expected}")
 
-    def load(self, module: nn.Module, name: str, dtype: torch.dtype, device: torch.device) -> None:
-        """Give every parameter of `module` (called `name` in the model) its weights, in `dtype` on `device`."""
+    def load(
+        self,
+        module: nn.Module,
+        name: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        weight: Callable[[str], Tensor] | None = None,
+    ) -> None:
+        """Give every parameter of `module` (called `name` in the model) its weights, in `dtype` on `device`.
+
+        weight: where they come from, by full name; the checkpoint when None.
+        """
+        read = weight or self.weight
         for path, owner, key in _slots(module, name):
             if owner._parameters.get(key) is not None:
-                value = self.weight(path)
+                value = read(path)
                 value = value.to(device, dtype) if value.is_floating_point() else value.to(device)
                 owner._parameters[key] = nn.Parameter(value, requires_grad=False)
             elif owner._buffers.get(key) is not None:

@@ -28,6 +28,9 @@ class Recipe:
     start: "plain" (max range), "search" (range search weighted by the inputs' second moment) or
         "compensated" (search, then error-compensated rounding in GPTQ order, arXiv 2210.17323).
     heldout: share of the samples kept out of the steps, on which the best iterate is chosen.
+    finish_iters: steps after all blocks in which the scales of all layers learn together, by the KL divergence of the
+        model's tokens from the original's; 0 for none. finish_lr: size of the first, a share of each scale; it falls
+        linearly to 0. finish_nsamples: samples for it, the first `nsamples` being the blocks'; None for those alone.
     """
 
     iters: int = 200
@@ -44,6 +47,9 @@ class Recipe:
     enable_torch_compile: bool = False
     start: str = "compensated"
     heldout: float = 0.0625
+    finish_iters: int = 0
+    finish_lr: float = 2e-3
+    finish_nsamples: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -53,11 +59,14 @@ class Recipe:
             ("batch_size", 1),
             ("gradient_accumulate_steps", 1),
             ("seed", 0),
+            ("finish_iters", 0),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise SpecError(f"{name}={value!r} must be a whole number of at least {least}")
-        for name in ("lr", "minmax_lr"):
+        if self.finish_nsamples is not None and self.finish_nsamples < self.nsamples:
+            raise SpecError(f"finish_nsamples={self.finish_nsamples} is below nsamples={self.nsamples}")
+        for name in ("lr", "minmax_lr", "finish_lr"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise SpecError(f"{name}={value!r} must lie in (0, 1]; it is a step in units of a code")
@@ -75,6 +84,11 @@ class Recipe:
     def range_lr(self) -> float:
         """Step size of alpha and beta at the first step."""
         return self.minmax_lr if self.minmax_lr is not None else self.v_lr / 5
+
+    @property
+    def samples(self) -> int:
+        """How many samples the whole run takes."""
+        return self.finish_nsamples if self.finish_iters and self.finish_nsamples else self.nsamples
 
     def updated(self, **values: object) -> Recipe:
         """Return a copy with the given fields replaced; None keeps the field."""

@@ -1,0 +1,218 @@
+"""After all blocks: the scales of all layers learn together, by the KL divergence from the original.
+
+Blocks are tuned to give the original's hidden states; this stage asks what matters in the end, the distribution of the
+next token. Codes stay. More text than the blocks had helps here, since every scale sees every token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from auto_round.calibrate.chain import Chain
+from auto_round.calibrate.dataset import CalibrationSet
+from auto_round.calibrate.front import Walk, behind_blocks
+from auto_round.errors import AutoRoundError
+from auto_round.pipeline.job import Prepared
+from auto_round.qtensor import QTensor, QuantTensor
+from auto_round.runtime.device import peak_device_bytes, peak_resident_bytes
+from auto_round.runtime.events import BlockStats, Listener
+from auto_round.runtime.journal import Journal
+from auto_round.runtime.rng import generator_for
+from auto_round.tune.scales import ScaleState
+
+FINISHED = "finished"  # the journal's title for layers with the scales of this stage; sorted behind those of the blocks
+STATE = "finishing"
+CHECKS = 8  # times that the held-out samples are looked at, and the state is kept
+HELD = 0.0625  # share of the samples that is held out
+LOGITS = 1 << 26  # logits at once
+
+
+def finish(prepared: Prepared, journal: Journal, data: CalibrationSet, settings: Walk, listener: Listener) -> None:
+    """Learn the scales of all layers in blocks and put them into the journal; an earlier start's steps are not redone.
+
+    data: the samples; the last 1/16 of them only judge. settings: see `Walk`; a step takes its batch size times the
+    recipe's accumulation. Raises AutoRoundError when the loss is not finite.
+    """
+    if FINISHED not in journal:
+        _Finisher(prepared, journal, data, settings, listener).run()
+
+
+class _Finisher:
+    def __init__(
+        self, prepared: Prepared, journal: Journal, data: CalibrationSet, settings: Walk, listener: Listener
+    ) -> None:
+        self._prepared, self._journal, self._data, self._listener = prepared, journal, data, listener
+        self._settings, self._recipe = settings, prepared.job.recipe
+        outside = set(prepared.outside)
+        self._layers = {
+            f"{name}.weight": ScaleState(self._tensor(name).scales.to(settings.device))
+            for name in prepared.plan.quantised
+            if name not in outside
+        }
+        self._best: dict[str, Tensor] = {}
+        self._heads = _heads(prepared, journal)
+
+    def run(self) -> None:
+        """All steps; the scales that were best on the held-out samples go to the journal."""
+        begin = time.perf_counter()
+        recipe, prepared, settings = self._recipe, self._prepared, self._settings
+        chain = Chain(prepared.skeleton, prepared.blocks, settings, self._data.tokens, self._data.beside)
+        if chain.final.shape[:2] != self._data.mask.shape:
+            self._listener.warn("no finishing: this model adds tokens of its own")
+            return
+        count = len(self._data.tokens)
+        held = torch.arange(count)[-max(1, round(HELD * count)) :]
+        batches = self._batches(max(1, count - len(held)))
+        with behind_blocks(prepared.skeleton, prepared.blocks, settings.dtype, settings.device):
+            done, losses = self._restored()
+            if not losses:
+                losses = [(self._held(chain, held), 0)]
+                self._listener.note(f"finishing: KL divergence {losses[0][0]:.4f} on held-out samples before it")
+                self._keep_best()
+            checks = {max(1, round(recipe.finish_iters * (k + 1) / CHECKS)) for k in range(CHECKS)}
+            for iteration in range(done, recipe.finish_iters):
+                loss = self._step(chain, batches[iteration], iteration)
+                self._listener.finishing(iteration, recipe.finish_iters, loss)
+                if iteration + 1 in checks:
+                    losses.append((self._held(chain, held), iteration + 1))
+                    if losses[-1] == min(losses):
+                        self._keep_best()
+                    self._save(iteration + 1, losses)
+        best = min(losses)
+        for name, state in self._layers.items():
+            state.multipliers.copy_(self._best[name])
+        tensors: dict[str, QuantTensor] = {name.removesuffix(".weight"): self._current(name) for name in self._layers}
+        stats = BlockStats(
+            index=len(prepared.blocks),
+            name=FINISHED,
+            layers=len(tensors),
+            loss_plain=None,
+            loss_start=losses[0][0],
+            loss_end=best[0],
+            kept_iteration=best[1],
+            seconds=time.perf_counter() - begin,
+            peak_bytes=peak_device_bytes(settings.device) or peak_resident_bytes(),
+        )
+        self._journal.put(FINISHED, tensors, stats)
+        self._journal.forget(STATE)
+        change = f"{losses[0][0]:.4f} -> {best[0]:.4f}"
+        self._listener.note(f"finishing: KL divergence {change} on held-out samples, scales of step {best[1]}")
+
+    def _batches(self, count: int) -> list[Tensor]:
+        """The samples of every step: all of them in an order of its own, again and again."""
+        recipe = self._recipe
+        size = min(recipe.batch_size * recipe.gradient_accumulate_steps, count)
+        generator, queue, found = generator_for(recipe.seed, "finish"), torch.empty(0, dtype=torch.int64), []
+        for _ in range(recipe.finish_iters):
+            if len(queue) < size:
+                queue = torch.randperm(count, generator=generator)
+            found.append(queue[:size])
+            queue = queue[size:]
+        return found
+
+    def _step(self, chain: Chain, rows: Tensor, iteration: int) -> float:
+        recipe = self._recipe
+        total, positions = 0.0, int(self._data.mask[rows].sum())
+        for part in rows.split(recipe.batch_size):
+            states = chain.forward(part, self._weight)
+            loss, grad = self._divergence(chain, part, states[-1], positions)
+            chain.backward(part, states, grad, self._weight, self._take)
+            total += loss
+        if total - total != 0:
+            raise AutoRoundError(f"finishing: the KL divergence is not finite at step {iteration + 1}")
+        for state in self._layers.values():
+            state.step(recipe.finish_lr * (1 - iteration / recipe.finish_iters), iteration + 1)
+        return total
+
+    def _take(self, name: str, grad: Tensor) -> None:
+        if f"{name}.weight" in self._layers:
+            self._layers[f"{name}.weight"].add(self._tensor(name), grad)
+
+    def _held(self, chain: Chain, rows: Tensor) -> float:
+        positions = int(self._data.mask[rows].sum())
+        total = 0.0
+        for part in rows.split(self._recipe.batch_size):
+            final = chain.forward(part, self._weight)[-1]
+            total += self._divergence(chain, part, final, positions)[0]
+        return total
+
+    def _divergence(self, chain: Chain, rows: Tensor, final: Tensor, positions: int) -> tuple[float, Tensor]:
+        """KL(original || quantised) summed over real tokens / positions, and its gradient in `final`."""
+        leaf = final.detach().requires_grad_(True)
+        original = chain.final[rows].to(leaf.device)
+        vocabulary: int = self._prepared.skeleton.model.get_input_embeddings().weight.shape[0]
+        total, width = 0.0, max(1, LOGITS // (vocabulary * len(rows)))
+        mask = self._data.mask[rows].to(leaf.device)
+        for begin in range(0, mask.shape[1], width):
+            tokens = slice(begin, min(begin + width, mask.shape[1]))
+            with torch.no_grad(), self._head(rounded=False):
+                expected = chain.logits(rows, original, tokens).float().log_softmax(-1)
+            with self._head(rounded=True):
+                found = chain.logits(rows, leaf, tokens).float().log_softmax(-1)
+                loss = ((expected.exp() * (expected - found)).sum(-1) * mask[:, tokens]).sum() / positions
+                loss.backward()
+            total += float(loss.detach())
+        assert leaf.grad is not None
+        return total, leaf.grad
+
+    @contextmanager
+    def _head(self, *, rounded: bool) -> Iterator[None]:
+        """Heads that are quantised themselves, with the weights of the original or of the codes."""
+        plain = {module: module.weight.data for module in self._heads}
+        for module, weight in self._heads.items():
+            if rounded:
+                module.weight.data = weight.to(module.weight.device, module.weight.dtype)
+        try:
+            yield
+        finally:
+            for module, weight in plain.items():
+                module.weight.data = weight
+
+    def _weight(self, name: str) -> Tensor:
+        """A parameter of a block, with the scales as they stand."""
+        return self._current(name).dequantize() if name in self._layers else self._prepared.skeleton.weight(name)
+
+    def _current(self, name: str) -> QTensor:
+        return self._layers[name].applied(self._tensor(name.removesuffix(".weight")))
+
+    def _tensor(self, name: str) -> QTensor:
+        tensor = self._journal.get(name)
+        assert isinstance(tensor, QTensor)
+        return tensor.to(self._settings.device)
+
+    def _keep_best(self) -> None:
+        self._best = {name: state.multipliers.clone() for name, state in self._layers.items()}
+
+    def _save(self, done: int, losses: list[tuple[float, int]]) -> None:
+        tensors = {f"{name}:{part}": v for name, state in self._layers.items() for part, v in state.parts().items()}
+        tensors |= {f"{name}:best": values for name, values in self._best.items()}
+        self._journal.keep(STATE, tensors, {"done": done, "losses": losses})
+
+    def _restored(self) -> tuple[int, list[tuple[float, int]]]:
+        """Steps done and losses seen by an earlier start, whose state this takes over; (0, []) when there is none."""
+        kept = self._journal.kept(STATE)
+        if kept is None:
+            return 0, []
+        tensors, facts = kept
+        for name, state in self._layers.items():
+            for part, values in state.parts().items():
+                values.copy_(tensors[f"{name}:{part}"])
+            self._best[name] = tensors[f"{name}:best"].to(state.scales.device)
+        self._listener.note(f"finishing goes on behind step {facts['done']}")
+        return facts["done"], [(loss, step) for loss, step in facts["losses"]]
+
+
+def _heads(prepared: Prepared, journal: Journal) -> dict[nn.Linear, Tensor]:
+    """Quantised layers behind the blocks that the logits come out of, and their weights from the codes."""
+    head = prepared.skeleton.model.get_output_embeddings()
+    found = {}
+    for name in prepared.outside:
+        module = prepared.skeleton.model.get_submodule(name)
+        if module is head and isinstance(module, nn.Linear):
+            found[module] = journal.get(name).dequantize()
+    return found

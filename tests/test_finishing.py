@@ -1,0 +1,133 @@
+"""The stage after all blocks: scales learn by the KL divergence of the whole model; codes stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from auto_round import AutoRound
+from auto_round.errors import SpecError
+from auto_round.load import load_qtensors
+from auto_round.report.record import RunReport
+from tests.conftest import VOCABULARY, tiny_llama
+
+SAMPLES = torch.randint(3, VOCABULARY, (32, 24), generator=torch.Generator().manual_seed(3))
+
+
+class Killed(BaseException):
+    """What stops a run in the middle."""
+
+
+@pytest.fixture(scope="module")
+def loud(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama whose logits are far from uniform, so that there is something to lose."""
+    folder = tmp_path_factory.mktemp("loud")
+    model = tiny_llama()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data.mul_(4)
+    model.save_pretrained(folder)
+    return folder
+
+
+def tuner(model: Path, **changes: Any) -> AutoRound:
+    settings: dict[str, Any] = {
+        "scheme": "W2A16G32",
+        "dataset": SAMPLES,
+        "iters": 0,
+        "start": "plain",
+        "nsamples": 8,
+        "seqlen": 24,
+        "batch_size": 4,
+        "finish_iters": 16,
+        "finish_lr": 1e-2,
+        "finish_nsamples": 32,
+        "device": "cpu",
+        "compute_dtype": "float32",
+    }
+    return AutoRound(model, **{**settings, **changes})
+
+
+def divergence(model: Path, folder: Path, tokens: Tensor) -> float:
+    """KL(original || quantised), nats a token."""
+    plain, rounded = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (model, folder))
+    with torch.no_grad():
+        expected, found = (m(tokens).logits.log_softmax(-1) for m in (plain, rounded))
+    return float((expected.exp() * (expected - found)).sum(-1).mean())
+
+
+@pytest.fixture(scope="module")
+def finished(loud: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, RunReport]:
+    """The model without the stage and with it, and the record of the latter."""
+    folder = tmp_path_factory.mktemp("finished")
+    tuner(loud, finish_iters=0).quantize_and_save(folder / "before")
+    report = tuner(loud).quantize_and_save(folder / "after")
+    return folder / "before", folder / "after", report
+
+
+def test_the_whole_model_comes_nearer_to_the_original(loud: Path, finished: tuple[Path, Path, RunReport]) -> None:
+    before, after, report = finished
+    assert divergence(loud, after, SAMPLES) < 0.9 * divergence(loud, before, SAMPLES)
+    assert report.finishing is not None
+    assert report.finishing["kl_after"] == pytest.approx(divergence(loud, after, SAMPLES[-2:]), rel=1e-3)
+    assert report.finishing["kl_before"] == pytest.approx(divergence(loud, before, SAMPLES[-2:]), rel=1e-3)
+
+
+def test_codes_stay_and_scales_move(finished: tuple[Path, Path, RunReport]) -> None:
+    before, after = (dict(load_qtensors(folder)) for folder in finished[:2])
+    assert all(torch.equal(tensor.codes, after[name].codes) for name, tensor in before.items())
+    assert not any(torch.equal(tensor.scales, after[name].scales) for name, tensor in before.items())
+
+
+def test_accumulated_batches_are_one_large_one(loud: Path, tmp_path: Path) -> None:
+    tuner(loud, finish_iters=4).quantize_and_save(tmp_path / "whole")
+    tuner(loud, finish_iters=4, batch_size=2, gradient_accumulate_steps=2).quantize_and_save(tmp_path / "parts")
+    whole, parts = (dict(load_qtensors(tmp_path / name)) for name in ("whole", "parts"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(tensor.scales, parts[name].scales, rtol=2e-3, atol=0)
+
+
+def test_a_quantised_head_stays_and_is_what_the_loss_sees(loud: Path, tmp_path: Path) -> None:
+    report = tuner(loud, quant_lm_head=True).quantize_and_save(tmp_path / "out")
+    assert report.finishing is not None
+    assert report.finishing["kl_after"] == pytest.approx(divergence(loud, tmp_path / "out", SAMPLES[-2:]), rel=1e-3)
+
+
+def test_a_run_that_was_stopped_ends_in_the_same_bytes(
+    loud: Path, finished: tuple[Path, Path, RunReport], tmp_path: Path
+) -> None:
+    steps: list[int] = []
+
+    class Stopping:
+        """Stops the run at its eleventh step of the stage."""
+
+        def finishing(self, iteration: int, iters: int, loss: float) -> None:
+            steps.append(iteration)
+            if iteration == 10 and steps.count(10) == 1:
+                raise Killed
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_: None
+
+    with pytest.raises(Killed):
+        tuner(loud, listener=Stopping()).quantize_and_save(tmp_path / "out")
+    tuner(loud, listener=Stopping()).quantize_and_save(tmp_path / "out")
+    assert steps == [*range(11), *range(10, 16)]
+    for file in finished[1].iterdir():
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
+
+
+def test_gguf_blocks_are_refused_before_any_work(smollm2: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="finish_iters"):
+        tuner(smollm2).quantize_and_save(tmp_path / "out", format="gguf:q4_0")
+    assert not (tmp_path / "out").exists()
+
+
+def test_fewer_samples_than_the_blocks_have_are_an_error(loud: Path) -> None:
+    with pytest.raises(SpecError, match="finish_nsamples=4"):
+        tuner(loud, finish_nsamples=4)
