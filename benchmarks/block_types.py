@@ -33,6 +33,7 @@ from auto_round.formats.gguf.writer import GgufFormat
 from auto_round.source.opening import open_source
 from auto_round.spec.plan import Plan
 from auto_round.spec.scheme import Scheme
+from figures import calibration, show
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.clients import run
@@ -44,7 +45,7 @@ def main() -> None:
     options = arguments()
     options.out.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    tokens = calibration(options, tokenizer)
+    tokens = calibration(options.calibration, tokenizer, options.nsamples, options.seqlen)
     floats = float_file(options)
     rows = []
     for file_type in options.types:
@@ -56,10 +57,7 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     settings = {key: str(value) for key, value in vars(options).items() if key in ("nsamples", "seqlen", "ours")}
     result = {"model": options.model.name, "settings": settings, "rows": rows}
-    print(table(result))
-    if options.result:
-        options.result.parent.mkdir(parents=True, exist_ok=True)
-        options.result.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    show(result, table(result), options.result)
 
 
 def arguments() -> argparse.Namespace:
@@ -78,16 +76,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--result", type=Path, help="JSON file to keep the figures in")
     return parser.parse_args()
-
-
-def calibration(options: argparse.Namespace, tokenizer: Any) -> list[list[int]]:
-    """The first samples long enough, each cut to seqlen."""
-    samples: list[list[int]] = []
-    for line in options.calibration.read_text(encoding="utf-8").splitlines():
-        ids = tokenizer(json.loads(line)["text"])["input_ids"][: options.seqlen]
-        if len(ids) == options.seqlen and len(samples) < options.nsamples:
-            samples.append(ids)
-    return samples
 
 
 def float_file(options: argparse.Namespace) -> Path:

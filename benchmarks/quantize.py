@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from auto_round.evaluate.metrics import compare, evaluate_tokens
 from auto_round.load import dequantized_state_dict
 from auto_round.spec.scheme import Scheme
+from figures import calibration, show
 
 OURS = """
 import json, sys, time
@@ -66,7 +67,10 @@ def main() -> None:
     scheme = Scheme.parse(options.scheme)
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         tokens = Path(scratch) / "tokens.json"
-        tokens.write_text(json.dumps(calibration(options)), encoding="utf-8")
+        samples = calibration(
+            options.calibration, AutoTokenizer.from_pretrained(options.model), options.nsamples, options.seqlen
+        )
+        tokens.write_text(json.dumps(samples), encoding="utf-8")
         common = {
             "bits": scheme.bits,
             "group_size": scheme.group_size,
@@ -97,10 +101,7 @@ def main() -> None:
         "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__},
         "runs": {name: {**run, "scores": scores[name]} for name, run in runs.items()},
     }
-    print(table(result))
-    if options.result:
-        options.result.parent.mkdir(parents=True, exist_ok=True)
-        options.result.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    show(result, table(result), options.result)
 
 
 def arguments() -> argparse.Namespace:
@@ -123,19 +124,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--scratch", default=None, help="where the outputs lie until they are scored")
     parser.add_argument("--result", type=Path, help="JSON file to keep the figures in")
     return parser.parse_args()
-
-
-def calibration(options: argparse.Namespace) -> list[list[int]]:
-    """The first samples long enough, each cut to seqlen: the very tokens that both tuners get."""
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    samples: list[list[int]] = []
-    for line in options.calibration.read_text(encoding="utf-8").splitlines():
-        ids = tokenizer(json.loads(line)["text"])["input_ids"][: options.seqlen]
-        if len(ids) == options.seqlen:
-            samples.append(ids)
-        if len(samples) == options.nsamples:
-            return samples
-    raise SystemExit(f"{options.calibration}: only {len(samples)} texts of {options.seqlen} tokens")
 
 
 def tune(python: str, code: str, job: dict[str, Any], *flags: str) -> dict[str, Any]:

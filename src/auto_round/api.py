@@ -18,7 +18,6 @@ from auto_round.pipeline import (
     Job,
     Quantised,
     Saving,
-    check_free,
     foresee,
     make_ready,
     publish,
@@ -32,7 +31,7 @@ from auto_round.runtime.device import compute_dtype, resolve_device
 from auto_round.runtime.durable import disk_errors
 from auto_round.runtime.events import Listener, LogListener
 from auto_round.runtime.journal import Journal
-from auto_round.runtime.workspace import workspace
+from auto_round.runtime.workspace import check_free, check_output, workspace
 from auto_round.spec.plan import Rule
 from auto_round.spec.presets import recipe as recipe_named
 from auto_round.spec.scheme import Scheme
@@ -231,18 +230,6 @@ class AutoRound:
 
 
 GO_ON = "What is done is kept; when that is solved, the same command goes on from there."
-
-
-def check_output(output_dir: str | Path) -> Path:
-    """Return the output folder as an absolute path whose parent exists; raise OutputError when it cannot be made."""
-    target = Path(output_dir).expanduser().absolute()
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"{target}: is a file; choose another output_dir")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{target.parent}: cannot be created: {error.strerror}") from None
-    return target
 
 
 def _saving(format: str | Sequence[str], max_shard_size: str | int, overwrite: bool, max_kl: float | None) -> Saving:

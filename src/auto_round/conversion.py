@@ -16,13 +16,16 @@ from pathlib import Path
 
 import torch
 
-from auto_round.errors import FormatError, OutputError
+from auto_round.errors import FormatError
 from auto_round.formats import FORMATS, open_coded
 from auto_round.formats.base import CodedModel, Export, Format
 from auto_round.formats.planning import plan_of, provenance_of
 from auto_round.formats.shards import parse_size
 from auto_round.qtensor import from_blocks
+from auto_round.runtime.durable import disk_errors
 from auto_round.runtime.journal import Journal
+from auto_round.runtime.workspace import check_free, check_output, workspace
+from auto_round.spec.blocks import BlockScheme
 from auto_round.spec.plan import LayerPlan, LinearShape, Plan
 from auto_round.spec.scheme import ALLOWED_BITS, Scheme
 from auto_round.tune.alone import quantise_alone
@@ -73,17 +76,23 @@ def convert(
     requantize: round layers again that the format cannot hold as they are; scheme: to what, by default to the nearest
     scheme of at least as many bits that it holds. The folder appears whole or not at all, every layer read back from
     it. Raises SourceError when the source cannot be read, FormatError when the conversion would not be exact, and
-    OutputError when the folder is not empty and `overwrite` is not set.
+    OutputError when the folder is not empty and `overwrite` is not set, or when an unfinished run has the same output.
 
     >>> from auto_round.conversion import convert
     >>> convert("./tmp_autoround", "./tmp_gptq", "auto_gptq")  # doctest: +SKIP
     """
-    target, folder = FORMATS[format], _free(output_dir, overwrite)
+    target, folder = FORMATS[format], check_output(output_dir)
+    check_free(folder, overwrite=overwrite)
     wanted = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     if wanted is not None and not requantize:
         raise FormatError(f"a scheme ({wanted.name}) is only for layers that are rounded again: pass --requantize too")
     size = parse_size(max_shard_size)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+    with (
+        disk_errors(folder, "Nothing was converted."),
+        workspace(folder) as work,
+        tempfile.TemporaryDirectory(dir=work.folder) as scratch,
+    ):
+        work.claim({"convert": str(source), "format": format}, overwrite=overwrite)
         model = open_coded(source, Path(scratch))
         tell(f"{source}: {model.format} ({model.detail}), {len(model.layers)} layers")
         plan = plan_of(model)
@@ -91,28 +100,13 @@ def convert(
         rounded = Journal(Path(scratch) / "rounded")
         losses = tuple(_round(model, name, scheme, rounded) for name, scheme in schemes.items())
         export = _export(model, _replanned(plan, schemes), schemes, rounded)
-        staging = Path(scratch) / "output"
-        staging.mkdir()
-        target.write(export, staging, size)
+        shutil.rmtree(work.staging, ignore_errors=True)
+        work.staging.mkdir()
+        target.write(export, work.staging, size)
         tell("every layer is read back")
-        target.prove(export, staging)
-        if folder.exists():
-            shutil.rmtree(folder)
-        staging.rename(folder)
+        target.prove(export, work.staging)
+        work.publish()
     return Conversion(str(source), model.format, str(folder), format, len(model.layers), losses)
-
-
-def _free(output_dir: str | Path, overwrite: bool) -> Path:
-    folder = Path(output_dir).expanduser().absolute()
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder}: is a file; choose another folder")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise OutputError(f"{folder}: is not empty; choose another folder, or pass overwrite (--overwrite)")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder.parent}: cannot be created: {error.strerror}") from None
-    return folder
 
 
 def obstacles(model: CodedModel, plan: Plan, target: Format) -> dict[str, str]:
@@ -123,6 +117,8 @@ def obstacles(model: CodedModel, plan: Plan, target: Format) -> dict[str, str]:
         reason = target.refuse(LinearShape(layer.name, layer.out_features, layer.in_features), layer.scheme)
         if reason is None and model.layers[layer.name].act_order and not target.holds_act_order:
             reason = f"inputs of a group are not neighbours (act-order), and {target.name} has no g_idx"
+        if reason is None and isinstance(layer.scheme, BlockScheme) and target is not FORMATS["fake"]:
+            reason = f"blocks of {layer.scheme.name} are not carried from file to file"
         if reason is not None:
             found[layer.name] = reason
     return found

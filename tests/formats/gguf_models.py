@@ -9,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from auto_round import AutoRound
+
 ROWS = 320
 TEXTS = ["the quick brown fox jumps over the lazy dog. " * 4, "pack my box with five dozen liquor jugs! " * 4] * 4
 
@@ -90,3 +92,10 @@ def tiny_model(name: str, folder: Path, **changes: Any) -> Path:
     model.save_pretrained(folder)
     byte_tokenizer("{{ messages }}").save_pretrained(folder)
     return folder
+
+
+def quantised(source: Path, output: Path, kind: str, **changes: Any) -> Path:
+    """Round `source` to nearest; returns the file."""
+    settings = {"recipe": "rtn", "iters": 0, "device": "cpu", "compute_dtype": "float32", **changes}
+    AutoRound(source, **settings).quantize_and_save(output, format=f"gguf:{kind}")
+    return next(output.glob("*.gguf"))

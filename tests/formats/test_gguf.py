@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import gguf
 import pytest
 import torch
 from tests.conftest import tiny_tokenizer
-from tests.formats.gguf_models import COMMON, CONFIGS, ROWS, TEXTS, byte_tokenizer, tiny_model
+from tests.formats.gguf_models import COMMON, CONFIGS, ROWS, TEXTS, byte_tokenizer, quantised, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from auto_round import AutoRound
-from auto_round.conversion import convert
 from auto_round.errors import FormatError, SpecError
-from auto_round.formats import FORMATS, open_coded
+from auto_round.formats import FORMATS
 from auto_round.formats.gguf.architectures import Model
 from auto_round.formats.gguf.reader import GgufFile, read_floats, read_layers
 from auto_round.formats.gguf.vocabulary import read_vocabulary
@@ -25,12 +23,6 @@ from auto_round.qtensor import from_blocks, to_blocks
 DENSE = [name for name in CONFIGS if "moe" not in name and name != "mixtral"]
 # Its reader drops biases of llama and takes the head's size of qwen3 from the width, whatever the file says.
 READ_BY_TRANSFORMERS = ["llama3", "mistral", "qwen2", "gemma2", "gemma3", "phi3"]
-
-
-def quantised(source: Path, output: Path, kind: str, **changes: Any) -> Path:
-    settings = {"recipe": "rtn", "iters": 0, "device": "cpu", "compute_dtype": "float32", **changes}
-    AutoRound(source, **settings).quantize_and_save(output, format=f"gguf:{kind}")
-    return next(output.glob("*.gguf"))
 
 
 @pytest.fixture(scope="module")
@@ -172,15 +164,6 @@ def test_tokenizers_that_split_otherwise_are_refused() -> None:
         read_vocabulary(odd, ROWS)
 
 
-@pytest.mark.parametrize("cut", [3, 40, 5000, -100])
-def test_damaged_files_are_named(sources: dict[str, Path], tmp_path: Path, cut: int) -> None:
-    file = quantised(sources["qwen2"], tmp_path / "out", "q4_0")
-    broken = tmp_path / "broken.gguf"
-    broken.write_bytes(file.read_bytes()[:cut])
-    with pytest.raises(FormatError, match=r"broken\.gguf"):
-        list(read_layers(broken))
-
-
 def test_large_files_are_cut_into_shards(sources: dict[str, Path], tmp_path: Path) -> None:
     AutoRound(sources["qwen2"], recipe="rtn", device="cpu").quantize_and_save(
         tmp_path / "out", format="gguf:q8_0", max_shard_size="60KB"
@@ -197,55 +180,6 @@ def test_sizes_are_told_before(shard: str, sources: dict[str, Path], tmp_path: P
     tuner.quantize_and_save(tmp_path / "out", format="gguf:q4_k_m", max_shard_size=shard)
     assert told == {file.name: file.stat().st_size for file in (tmp_path / "out").glob("*.gguf")}
     assert (len(told) > 1) == (shard == "60KB")
-
-
-@pytest.mark.parametrize("kind", ["q4_0", "q5_1"])
-def test_a_file_opens_as_a_quantised_model(kind: str, sources: dict[str, Path], tmp_path: Path) -> None:
-    file = quantised(sources["gemma3"], tmp_path / "out", kind)
-    for path in (file, file.parent):
-        model = open_coded(path, tmp_path / f"scratch-{path.name}")
-        assert model.format == f"gguf:{kind}"
-        floats = dict(read_floats(file))
-        for name, layer in model.layers.items():
-            assert layer.kind == kind.upper()
-            assert torch.equal(model.weight(name), floats[f"{name}.weight"])
-        name = "model.layers.0.mlp.up_proj"
-        if kind == "q4_0":
-            assert torch.equal(model.codes(name).dequantize(), floats[f"{name}.weight"])
-        else:
-            with pytest.raises(FormatError, match="q5_1"):
-                model.codes(name)
-        assert torch.equal(model.checkpoint.tensor("model.norm.weight"), floats["model.norm.weight"])
-        assert model.config["model_type"] == "gemma3_text"
-        assert any(extra.name == "tokenizer.json" for extra in model.extra)
-
-
-def test_files_convert_to_floats_and_exact_ones_to_integers(sources: dict[str, Path], tmp_path: Path) -> None:
-    for kind, target in (("q8_0", "auto_round"), ("q4_0", "fake"), ("q4_k_m", "fake")):
-        file = quantised(sources["qwen2"], tmp_path / f"{kind}-{target}", kind)
-        convert(file, tmp_path / f"{kind}-{target}-out", target)
-        floats = dict(read_floats(file))
-        if target == "auto_round":
-            found = {f"{n}.weight": t.dequantize() for n, t in load_qtensors(tmp_path / f"{kind}-{target}-out")}
-        else:
-            model = AutoModelForCausalLM.from_pretrained(tmp_path / f"{kind}-{target}-out", dtype=torch.float32)
-            found = {name: value for name, value in model.state_dict().items() if "proj.weight" in name}
-        assert found
-        for name, value in found.items():
-            torch.testing.assert_close(value, floats[name], rtol=1e-2 if target == "fake" else 0, atol=1e-6)
-    with pytest.raises(FormatError, match="grid of its own"):
-        convert(file, tmp_path / "no", "auto_round")
-
-
-def test_a_missing_shard_is_named(sources: dict[str, Path], tmp_path: Path) -> None:
-    AutoRound(sources["qwen2"], recipe="rtn", device="cpu").quantize_and_save(
-        tmp_path / "out", format="gguf:q8_0", max_shard_size="60KB"
-    )
-    files = sorted((tmp_path / "out").glob("*.gguf"))
-    assert len(open_coded(files[0], tmp_path / "a").layers) == 15
-    files[1].unlink()
-    with pytest.raises(FormatError, match=files[1].name):
-        open_coded(files[0], tmp_path / "b")
 
 
 def test_every_name_of_a_file_type_is_a_format() -> None:

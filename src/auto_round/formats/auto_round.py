@@ -11,15 +11,15 @@ Tensors of the source that are not quantised keep their names and bytes; a quant
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from auto_round.formats.base import CodedModel, Export
+from auto_round.formats.base import CodedModel, Export, takes_the_users
 from auto_round.formats.config import LAYOUTS, CheckpointConfig
 from auto_round.formats.folder import folder_sizes, method_of, open_folder, prove_codes, read_settings, write_folder
 from auto_round.formats.layouts import AWQ, GPTQ_RAW
-from auto_round.spec.blocks import BlockScheme, not_integer
+from auto_round.spec.blocks import not_integer
 from auto_round.spec.plan import LinearShape, Plan
 from auto_round.spec.scheme import Scheme
 
@@ -79,12 +79,7 @@ class AutoRoundFormat:
 
     name = "auto_round"
     holds_act_order = False
-
-    def prescribe(
-        self, layers: Sequence[LinearShape], config: Mapping[str, Any], tokenizer: Any | None
-    ) -> Mapping[str, BlockScheme | None]:
-        """Nothing: the user's schemes are taken."""
-        return {}
+    prescribe = takes_the_users
 
     def refuse(self, shape: LinearShape, scheme: Scheme) -> str | None:
         """The GPTQ layouts hold every scheme as long as both dimensions are multiples of 32."""

@@ -7,16 +7,16 @@ file, and none of them has to know the symmetric scheme. ``sym`` says it to thos
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from auto_round.errors import FormatError
-from auto_round.formats.base import CodedModel, Export
+from auto_round.formats.base import CodedModel, Export, takes_the_users
 from auto_round.formats.config import CheckpointConfig
 from auto_round.formats.folder import folder_sizes, method_of, open_folder, prove_codes, read_settings, write_folder
 from auto_round.formats.layouts import AWQ
-from auto_round.spec.blocks import BlockScheme, not_integer
+from auto_round.spec.blocks import not_integer
 from auto_round.spec.plan import LinearShape, Plan
 from auto_round.spec.scheme import Scheme
 
@@ -28,12 +28,7 @@ class AwqFormat:
 
     name = "auto_awq"
     holds_act_order = False
-
-    def prescribe(
-        self, layers: Sequence[LinearShape], config: Mapping[str, Any], tokenizer: Any | None
-    ) -> Mapping[str, BlockScheme | None]:
-        """Nothing: the user's schemes are taken."""
-        return {}
+    prescribe = takes_the_users
 
     def refuse(self, shape: LinearShape, scheme: Scheme) -> str | None:
         """4 bits, groups that divide the inputs, dimensions that are multiples of 32."""

@@ -87,6 +87,13 @@ class CodedModel:
     settings: Mapping[str, Any]
 
 
+def takes_the_users(
+    self: object, layers: Sequence[LinearShape], config: Mapping[str, Any], tokenizer: Any | None
+) -> Mapping[str, BlockScheme | None]:
+    """`Format.prescribe` of a format without schemes of its own: the user's are taken."""
+    return {}
+
+
 class Format(Protocol):
     """One format. `name` is what users type; holds_act_order: its codes may have a g_idx."""
 

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from auto_round.errors import FormatError
-from auto_round.formats.base import CodedModel, Export
+from auto_round.formats.base import CodedModel, Export, takes_the_users
 from auto_round.formats.folder import in_source_order, write_json
 from auto_round.formats.shards import Piece, Slot, shard_sizes, tensor_bytes, write_shards
 from auto_round.source.checkpoint import DTYPE_NAMES, DTYPES, Checkpoint
-from auto_round.spec.blocks import BlockScheme
 from auto_round.spec.plan import LayerPlan, LinearShape, Plan
 from auto_round.spec.scheme import Scheme
 
@@ -29,12 +27,7 @@ class FakeFormat:
 
     name = "fake"
     holds_act_order = True
-
-    def prescribe(
-        self, layers: Sequence[LinearShape], config: Mapping[str, Any], tokenizer: Any | None
-    ) -> Mapping[str, BlockScheme | None]:
-        """Nothing: the user's schemes are taken."""
-        return {}
+    prescribe = takes_the_users
 
     def refuse(self, shape: LinearShape, scheme: Scheme) -> str | None:
         """Floats hold every scheme."""

@@ -11,15 +11,15 @@ transformers drops it. A quantised head is announced by ``lm_head: true``; trans
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from auto_round.formats.base import CodedModel, Export
+from auto_round.formats.base import CodedModel, Export, takes_the_users
 from auto_round.formats.config import GPTQ_V1, LAYOUTS, RAW, CheckpointConfig
 from auto_round.formats.folder import folder_sizes, method_of, open_folder, prove_codes, read_settings, write_folder
 from auto_round.formats.layouts import GPTQ_RAW_INDEXED, GPTQ_V1_INDEXED
-from auto_round.spec.blocks import BlockScheme, not_integer
+from auto_round.spec.blocks import not_integer
 from auto_round.spec.plan import LayerPlan, LinearShape, Plan
 from auto_round.spec.scheme import Scheme
 
@@ -36,11 +36,7 @@ class GptqFormat:
         self.name = name
         self._layout = GPTQ_V1_INDEXED if PACKINGS[name] == GPTQ_V1 else GPTQ_RAW_INDEXED
 
-    def prescribe(
-        self, layers: Sequence[LinearShape], config: Mapping[str, Any], tokenizer: Any | None
-    ) -> Mapping[str, BlockScheme | None]:
-        """Nothing: the user's schemes are taken."""
-        return {}
+    prescribe = takes_the_users
 
     def refuse(self, shape: LinearShape, scheme: Scheme) -> str | None:
         """Both dimensions must be multiples of 32."""

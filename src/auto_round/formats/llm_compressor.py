@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from auto_round.errors import FormatError, SpecError
-from auto_round.formats.base import CodedModel, Export
+from auto_round.formats.base import CodedModel, Export, takes_the_users
 from auto_round.formats.folder import folder_sizes, method_of, open_folder, prove_codes, read_settings, write_folder
 from auto_round.formats.layouts import COMPRESSED
-from auto_round.spec.blocks import BlockScheme, not_integer
+from auto_round.spec.blocks import not_integer
 from auto_round.spec.plan import LinearShape, Plan
 from auto_round.spec.scheme import Scheme
 
@@ -88,12 +88,7 @@ class CompressedFormat:
 
     name = "llm_compressor"
     holds_act_order = False
-
-    def prescribe(
-        self, layers: Sequence[LinearShape], config: Mapping[str, Any], tokenizer: Any | None
-    ) -> Mapping[str, BlockScheme | None]:
-        """Nothing: the user's schemes are taken."""
-        return {}
+    prescribe = takes_the_users
 
     def refuse(self, shape: LinearShape, scheme: Scheme) -> str | None:
         """4 or 8 bits, and groups that divide the inputs."""

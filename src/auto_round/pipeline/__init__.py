@@ -2,14 +2,13 @@
 
 from auto_round.pipeline.flow import foresee, make_ready, quantise, run
 from auto_round.pipeline.job import Job, Quantised, Ready, Saving
-from auto_round.pipeline.publishing import check_free, publish, was_published
+from auto_round.pipeline.publishing import publish, was_published
 
 __all__ = [
     "Job",
     "Quantised",
     "Ready",
     "Saving",
-    "check_free",
     "foresee",
     "make_ready",
     "publish",

@@ -23,7 +23,7 @@ from auto_round.pipeline.job import Job, Prepared, Quantised, Ready, Saving
 from auto_round.pipeline.needs import needs, too_much
 from auto_round.pipeline.planning import tell_plan
 from auto_round.pipeline.preparing import prepare
-from auto_round.pipeline.publishing import check_free, check_space, publish, published
+from auto_round.pipeline.publishing import check_space, publish, published
 from auto_round.pipeline.runner import Runner
 from auto_round.pipeline.signature import signature
 from auto_round.report.forecast import Forecast
@@ -31,7 +31,7 @@ from auto_round.report.record import RunReport
 from auto_round.runtime.device import compute_dtype
 from auto_round.runtime.events import Listener
 from auto_round.runtime.journal import Journal
-from auto_round.runtime.workspace import Workspace
+from auto_round.runtime.workspace import Workspace, check_free
 from auto_round.source.foreign import foreign
 from auto_round.source.opening import Source, processor_of
 

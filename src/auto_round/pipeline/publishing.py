@@ -58,12 +58,6 @@ def _places(root: Path, formats: Sequence[Format]) -> list[tuple[Format, Path]]:
     return [(f, root if len(formats) == 1 else root / f.name.replace(":", "-")) for f in formats]
 
 
-def check_free(target: Path, *, overwrite: bool) -> None:
-    """Raise OutputError when `target` holds anything and may not be replaced."""
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise OutputError(f"{target}: is not empty; choose another output_dir, or pass overwrite (--overwrite)")
-
-
 def was_published(target: Path) -> bool:
     """True when `target` may be what an earlier run of the same job made; `published` knows for sure."""
     return any(True for _ in _records(target))

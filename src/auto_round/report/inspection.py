@@ -104,7 +104,7 @@ def _problems(model: CodedModel) -> list[str]:
     owned = {tensor for layer in model.layers.values() for tensor in layer.tensors}
     for name in model.layers:
         try:
-            model.codes(name)
+            model.weight(name)
         except AutoRoundError as error:
             found.append(str(error))
     for name, entry in model.checkpoint.entries.items():

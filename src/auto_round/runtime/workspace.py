@@ -87,6 +87,24 @@ class Workspace:
         shutil.rmtree(self.folder)
 
 
+def check_output(output_dir: str | Path) -> Path:
+    """Return the output folder as an absolute path whose parent exists; raise OutputError when it cannot be made."""
+    target = Path(output_dir).expanduser().absolute()
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{target}: is a file; choose another output_dir")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{target.parent}: cannot be created: {error.strerror}") from None
+    return target
+
+
+def check_free(target: Path, *, overwrite: bool) -> None:
+    """Raise OutputError when `target` holds anything and may not be replaced."""
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise OutputError(f"{target}: is not empty; choose another output_dir, or pass overwrite (--overwrite)")
+
+
 def work_folder(target: Path) -> Path:
     """The work folder of the output folder `target`."""
     return target.with_name(f".{target.name}.auto-round")

@@ -54,6 +54,12 @@ def open_file(path: Path, scratch: Path) -> CodedModel | None:
     def codes(name: str) -> QTensor:
         return from_blocks(stored(name))
 
+    def weight(name: str) -> Tensor:
+        values = stored(name).dequantize()
+        if not bool(torch.isfinite(values).all()):
+            raise FormatError(f"{path}: layer {name!r} holds infinity or NaN")
+        return values
+
     label = files[0].value("general.file_type")
     known = next((name for name, (number, _) in FILE_TYPES.items() if number == label), "q4_0")
     return CodedModel(
@@ -65,10 +71,16 @@ def open_file(path: Path, scratch: Path) -> CodedModel | None:
         layers=layers,
         block_lists=block_lists(list(layers)),
         codes=codes,
-        weight=lambda name: stored(name).dequantize(),
+        weight=weight,
         extra=extra_files(folder),
-        settings={"quant_method": "gguf", "file_type": known},
+        settings={"quant_method": "gguf", "file_type": known, **_provenance(files[0])},
     )
+
+
+def _provenance(file: GgufFile) -> dict[str, str]:
+    """What our writer says of the run that made a file; nothing in files of others."""
+    found = {key: file.value(f"auto_round.{key}") for key in ("iters", "seed")}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _shards(first: Path) -> list[GgufFile]:

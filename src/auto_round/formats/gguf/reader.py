@@ -35,13 +35,30 @@ MIXTRAL = (*(f"block_sparse_moe.experts.{part}" for part in ("w1", "w2", "w3")),
 FLOATS = MappingProxyType({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16})
 
 
+class _Reader(GGUFReader):  # type: ignore[misc]  # the package declares no types
+    """The package's reader; it says in which tensor it failed, and data must follow each other as llama.cpp wants."""
+
+    def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+        expected = start_offs
+        for field in fields:
+            try:
+                super()._build_tensors(start_offs, [field])
+            except ValueError as error:
+                raise ValueError(f"tensor {field.name!r} does not fit in the file: {error}") from None
+            (tensor,) = self.tensors
+            if tensor.data_offset != expected:
+                raise ValueError(f"tensor {field.name!r} begins at byte {tensor.data_offset}, not at {expected}")
+            expected += -(-tensor.n_bytes // self.alignment) * self.alignment
+        super()._build_tensors(start_offs, fields)
+
+
 class GgufFile:
     """One file (or shard), mapped into memory; raises FormatError when it is damaged or of an unknown architecture."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         try:
-            self._reader = GGUFReader(file)
+            self._reader = _Reader(file)
         except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError) as error:
             raise FormatError(f"{file}: not a GGUF file, or damaged: {error}") from None
         self.tensors = {tensor.name: tensor for tensor in self._reader.tensors}
