@@ -1,6 +1,7 @@
 """Decoding and prefill of one model on this CPU: dense, every backend, the peer and llama.cpp, in one run.
 
-    python benchmarks/inference.py MODEL --work FOLDER [--peer PYTHON] [--llama PYTHON --gguf FILE] [--cases NAME,...]
+    python benchmarks/inference.py MODEL --work FOLDER [--small MODEL] [--peer PYTHON] [--llama PYTHON --gguf FILE]
+                                   [--cases NAME,...]
 
 Each case is a process of its own (inference_case.py). Results go to ``--out`` as JSON, with a table beside it.
 """
@@ -50,15 +51,24 @@ def cases(model: Path, work: Path, args: argparse.Namespace) -> list[Case]:
     folders = {bits: quantised(model, work, bits) for bits in BITS}
     rows = [Case(dtype, model, here, ("--dtype", dtype)) for dtype in ("bfloat16", "float32")]
     rows += [Case(f"native {bits} bits", folders[bits], here) for bits in BITS]
+    eight = ("--head_bits", "8")
     rows += [
-        Case("native 4 bits, 8-bit head", folders[4], here, ("--head_bits", "8")),
-        Case("native 2 bits, 8-bit head", folders[2], here, ("--head_bits", "8")),
+        Case("native 4 bits, 8-bit head", folders[4], here, eight),
+        Case("native 2 bits, 8-bit head", folders[2], here, eight),
     ]
     if args.peer:
         rows.append(Case("auto-round 0.16.1 with ARK, 4 bits", folders[4], args.peer))
+    rows += [
+        Case("native 4 bits, compiled", folders[4], here, ("--compile",)),
+        Case("native 4 bits, 8-bit head, compiled", folders[4], here, (*eight, "--compile")),
+        Case("native 4 bits, AVX2 alone", folders[4], here, ("--isa", str(INSTRUCTION_SETS.index("AVX2")))),
+        Case("torch_reference 4 bits", folders[4], here, ("--backend", "torch", "--new_tokens", "4")),
+    ]
     if args.llama and args.gguf:
         rows.append(Case(f"llama.cpp {args.gguf.name}", args.gguf, args.llama, ("--kind", "llama")))
-    rows.append(Case("native 4 bits, 8-bit head, compiled", folders[4], here, ("--head_bits", "8", "--compile")))
+    if args.small:
+        rows.append(Case(f"{args.small.name}, bfloat16", args.small, here))
+        rows.append(Case(f"{args.small.name}, native 4 bits", quantised(args.small, work, 4), here))
     return [row for row in rows if not args.cases or any(part in row.name for part in args.cases.split(","))]
 
 
@@ -109,6 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--work", type=Path, required=True, help="where quantised folders are made and kept")
+    parser.add_argument("--small", type=Path, help="a second model, in bfloat16 and 4 bits alone")
     parser.add_argument("--peer", type=Path, help="Python of an environment with auto-round 0.16.1 and auto-round-lib")
     parser.add_argument("--llama", type=Path, help="Python of an environment with llama-cpp-python")
     parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp")
@@ -116,13 +127,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/inference.json"))
     args = parser.parse_args()
     rows = []
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     for case in cases(args.model, args.work, args):
         rows.append(measure(case))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    record = {"model": args.model.name, "machine": machine(), "rows": rows}
-    args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    args.out.with_suffix(".md").write_text(table(rows) + "\n", encoding="utf-8")
+        record = {"model": args.model.name, "machine": machine(), "rows": rows}
+        args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        args.out.with_suffix(".md").write_text(table(rows) + "\n", encoding="utf-8")
     print(table(rows))
 
 

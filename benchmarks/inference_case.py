@@ -33,37 +33,59 @@ def seconds(work: Callable[[], Any], repeats: int) -> list[float]:
 
 
 def resident_bytes() -> int:
-    """Memory of this process now."""
+    """Memory of this process now, pages of mapped files that were touched included."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
+
+
+def use_instruction_set(index: int) -> None:
+    """Let the native kernel of this process take an instruction set below the best."""
+    from auto_round.inference.kernels import native
+
+    found = native.library()
+    assert isinstance(found, native.Library)
+    isas = tuple(isa for isa in found.isas if isa <= index)
+    native.library = lambda: native.Library(found.linear, found.dense, isas)
 
 
 def with_transformers(args: argparse.Namespace) -> dict[str, Any]:
     """Greedy decoding at batch 1 through generate, and one forward pass over a prompt."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    if args.isa is not None:
+        use_instruction_set(args.isa)
 
     options: dict[str, Any] = {"dtype": getattr(torch, args.dtype), "device_map": "cpu"}
     if args.backend or args.head_bits:
         from auto_round import AutoRoundConfig
 
         options["quantization_config"] = AutoRoundConfig(backend=args.backend or "auto", lm_head_bits=args.head_bits)
-    before = resident_bytes()
-    model = AutoModelForCausalLM.from_pretrained(args.folder, **options).eval()
-    loaded = resident_bytes() - before
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
     inputs = tokenizer(PROMPT, return_tensors="pt")
+    with torch.device("meta"):  # what is imported for this architecture is not the model
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.folder))
+    before = resident_bytes()
+    model = AutoModelForCausalLM.from_pretrained(args.folder, **options).eval()
+    with torch.no_grad():
+        model(**inputs, logits_to_keep=1)  # reads every weight of the layers and the head
+    loaded = resident_bytes() - before
     ids = torch.arange(PREFILL_TOKENS)[None] + 1000
-    settings = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "do_sample": False}
+    settings = {"min_new_tokens": args.new_tokens, "max_new_tokens": args.new_tokens, "do_sample": False}
     if args.compile:
+        from auto_round import compile_decoding
+
         settings["cache_implementation"] = "static"
-        model.forward = torch.compile(model.forward, dynamic=False)
+        compile_decoding(model)
     with torch.no_grad():
         decode = seconds(lambda: model.generate(**inputs, **settings), args.repeats)
-        model.forward = type(model).forward.__get__(model)
         prefill = seconds(lambda: model(ids, logits_to_keep=1), args.repeats)
-        text = tokenizer.decode(model.generate(**inputs, **settings)[0, -NEW_TOKENS:])
-    return figures(decode, prefill) | {"loaded_bytes": loaded, "threads": torch.get_num_threads(), "text": text[:80]}
+        text = tokenizer.decode(model.generate(**inputs, **settings)[0, -args.new_tokens :])
+    return figures(decode, prefill, args.new_tokens) | {
+        "loaded_bytes": loaded,
+        "threads": torch.get_num_threads(),
+        "text": text[:80],
+    }
 
 
 def with_llama(args: argparse.Namespace) -> dict[str, Any]:
@@ -76,19 +98,19 @@ def with_llama(args: argparse.Namespace) -> dict[str, Any]:
     def decode() -> None:
         model.reset()
         for count, _ in enumerate(model.generate(prompt, temp=0.0, top_k=1), 1):
-            if count == NEW_TOKENS:
+            if count == args.new_tokens:
                 return
 
     def prefill() -> None:
         model.reset()
         model.eval([1000 + i for i in range(PREFILL_TOKENS)])
 
-    return figures(seconds(decode, args.repeats), seconds(prefill, args.repeats))
+    return figures(seconds(decode, args.repeats), seconds(prefill, args.repeats), args.new_tokens)
 
 
-def figures(decode: list[float], prefill: list[float]) -> dict[str, Any]:
+def figures(decode: list[float], prefill: list[float], new_tokens: int) -> dict[str, Any]:
     """Tokens per second: medians, and all."""
-    speeds = [NEW_TOKENS / s for s in decode]
+    speeds = [new_tokens / s for s in decode]
     reading = [PREFILL_TOKENS / s for s in prefill]
     return {
         "decode": statistics.median(speeds),
@@ -107,6 +129,8 @@ def main() -> None:
     parser.add_argument("--backend")
     parser.add_argument("--head_bits", type=int)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--isa", type=int, help="the native kernel's instruction set, as an index into its list")
+    parser.add_argument("--new_tokens", type=int, default=NEW_TOKENS)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     result = with_llama(args) if args.kind == "llama" else with_transformers(args)

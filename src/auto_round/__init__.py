@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from auto_round.api import AutoRound as AutoRound
     from auto_round.errors import AutoRoundError as AutoRoundError
+    from auto_round.inference.compiled import compile_decoding as compile_decoding
     from auto_round.inference.loading import AutoRoundConfig as AutoRoundConfig
     from auto_round.qtensor import QTensor as QTensor
     from auto_round.spec.recipe import Recipe as Recipe
@@ -23,9 +24,19 @@ _TARGETS = {
     "QTensor": "auto_round.qtensor",
     "Recipe": "auto_round.spec.recipe",
     "Scheme": "auto_round.spec.scheme",
+    "compile_decoding": "auto_round.inference.compiled",
 }
 
-__all__ = ["AutoRound", "AutoRoundConfig", "AutoRoundError", "QTensor", "Recipe", "Scheme", "__version__"]
+__all__ = [
+    "AutoRound",
+    "AutoRoundConfig",
+    "AutoRoundError",
+    "QTensor",
+    "Recipe",
+    "Scheme",
+    "__version__",
+    "compile_decoding",
+]
 
 
 def __getattr__(name: str) -> Any:

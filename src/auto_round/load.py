@@ -27,6 +27,7 @@ from auto_round.formats.auto_round import settings
 from auto_round.formats.config import GPTQ_V1, INDEXED, LAYOUTS, RAW, CheckpointConfig
 from auto_round.formats.folder import INDEX, block_lists
 from auto_round.formats.layouts import GPTQ_RAW
+from auto_round.inference.dense import use_native_for_dense
 from auto_round.inference.head import round_head
 from auto_round.inference.qlinear import QLinear
 from auto_round.inference.select import better_installed, choose, choose_stored, requested
@@ -142,6 +143,7 @@ def finish(model: nn.Module) -> None:
     if config.lm_head_bits is not None:
         used = round_head(model, config.lm_head_bits, GPTQ_RAW, config.backend)
         logger.info("output head rounded to %d bits with %s", config.lm_head_bits, used)
+    use_native_for_dense(model, config.backend)
     _say_how_it_is_saved(model, layers, config)
 
 

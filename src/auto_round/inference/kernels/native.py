@@ -23,7 +23,7 @@ from auto_round.inference.base import Reason
 from auto_round.inference.kernels.tiles import Tiles
 from auto_round.spec.scheme import Scheme
 
-ABI = 1
+ABI = 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INSTRUCTION_SETS = ("plain C", "AVX2", "AVX-VNNI", "AVX-512 VNNI")
 BYTES_PER_THREAD = 1 << 14  # below this a second thread costs more than it saves
@@ -35,6 +35,7 @@ class Library:
     """The loaded kernel and the instruction sets of this CPU that it can use, indices into INSTRUCTION_SETS."""
 
     linear: Any
+    dense: Any
     isas: tuple[int, ...]
 
 
@@ -54,8 +55,10 @@ def library() -> Library | Reason:
         return Reason("the native kernel was built from another version", "build it anew", REINSTALL)
     function = loaded.auto_round_linear
     function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 4 + [ctypes.c_int] * 4
+    dense = loaded.auto_round_dense
+    dense.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2 + [ctypes.c_int] * 2
     paths = int(loaded.auto_round_paths())
-    return Library(function, tuple(i for i in range(len(INSTRUCTION_SETS)) if paths >> i & 1))
+    return Library(function, dense, tuple(i for i in range(len(INSTRUCTION_SETS)) if paths >> i & 1))
 
 
 def native_linear(x: Tensor, tiles: Tiles, bias: Tensor | None, isa: int | None = None) -> Tensor:
@@ -173,4 +176,42 @@ def operator_linear(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
     wanted = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     call: Any = _Differentiable.apply if wanted else torch.ops.auto_round.tiles_linear
     y: Tensor = call(x, tiles.codes, tiles.scales, tiles.zeros, bias, *_numbers(tiles))
+    return y
+
+
+def native_dense(x: Tensor, weight: Tensor, bias: Tensor | None, isa: int | None = None) -> Tensor:
+    """One token x (..., in) times a dense weight (out, in), bias (out) or None, all bfloat16 on the CPU -> (..., out).
+
+    Summed in float32; no gradient is recorded. isa: as above. Raises RuntimeError when the kernel was not built.
+    """
+    found = library()
+    if isinstance(found, Reason):
+        raise RuntimeError(str(found))
+    x, weight = x.contiguous(), weight.contiguous()
+    out_features, in_features = weight.shape
+    y = x.new_empty((*x.shape[:-1], out_features))
+    failed = found.dense(
+        x.data_ptr(),
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        in_features,
+        out_features,
+        found.isas[-1] if isa is None else isa,
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError(f"no memory for {in_features} activations")
+    return y
+
+
+_DENSE = "auto_round::dense_token"
+torch.library.define(_DENSE, "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+torch.library.impl(_DENSE, "cpu", native_dense)
+torch.library.register_fake(_DENSE, lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]))
+
+
+def operator_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`native_dense` as the operator ``auto_round::dense_token``, for torch.compile; it has no gradient."""
+    y: Tensor = torch.ops.auto_round.dense_token(x, weight, bias)
     return y
