@@ -9,6 +9,7 @@ import pytest
 from tests.cli.test_end_to_end import rounded
 
 from auto_round.cli.dispatch import dispatch
+from auto_round.inference.compiled import compile_decoding
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,23 @@ def test_generate_takes_backends_by_name(folder: Path, capsys: pytest.CaptureFix
     assert run("generate", str(folder / "nothing"), *words) == 2
     assert "no config.json" in capsys.readouterr().err
     assert run("generate", str(folder)) == 2
+
+
+def test_compiled_steps_write_the_same_text(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["generate", str(folder), "--prompt", "Once", "--max_new_tokens", "5", "--device", "cpu"]
+    graphs: list[object] = []
+
+    def without_inductor(model: object) -> None:
+        compile_decoding(model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+
+    monkeypatch.setattr("auto_round.inference.compiled.compile_decoding", without_inductor)
+    assert run(*words, "--compile") == 0
+    compiled = capsys.readouterr().out
+    assert len(graphs) == 1
+    assert run(*words) == 0
+    assert capsys.readouterr().out.splitlines()[0] == compiled.splitlines()[0]
 
 
 def test_chat_answers_until_an_empty_line(

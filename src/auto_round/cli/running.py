@@ -53,6 +53,14 @@ HeadBits = Annotated[
         metavar="N",
     ),
 ]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Compile the steps of one token with torch.compile: a minute at first, then faster (default: do not).",
+        rich_help_panel="Machine",
+    ),
+]
 Dtype = Annotated[
     str,
     typer.Option(
@@ -91,6 +99,7 @@ def generate(
     sample: Sample = False,
     backend: BackendName = DEFAULTS["backend"],
     lm_head_bits: HeadBits = None,
+    compile: Compile = False,
     dtype: Dtype = DEFAULTS["dtype"],
     device: o.Device = None,
 ) -> None:
@@ -100,7 +109,7 @@ def generate(
     with exit_codes():
         from auto_round.evaluate.stream import prompt_tokens, stream
 
-        model, tokenizer = load(folder, backend, lm_head_bits, dtype, device)
+        model, tokenizer = load(folder, backend, lm_head_bits, dtype, device, compile=compile)
         typer.echo(prompt, nl=False)
         done = stream(model, tokenizer, prompt_tokens(tokenizer, prompt), max_new_tokens, sample=sample, show=_echo)
         typer.echo(f"\n\n{done}")
@@ -112,6 +121,7 @@ def chat(
     sample: Sample = False,
     backend: BackendName = DEFAULTS["backend"],
     lm_head_bits: HeadBits = None,
+    compile: Compile = False,
     dtype: Dtype = DEFAULTS["dtype"],
     device: o.Device = None,
 ) -> None:
@@ -119,7 +129,7 @@ def chat(
     with exit_codes():
         from auto_round.evaluate.stream import prompt_tokens, stream
 
-        model, tokenizer = load(folder, backend, lm_head_bits, dtype, device)
+        model, tokenizer = load(folder, backend, lm_head_bits, dtype, device, compile=compile)
         messages: list[dict[str, str]] = []
         while line := _ask():
             messages.append({"role": "user", "content": line})
@@ -152,8 +162,13 @@ def backends(scheme: o.Scheme = None, device: o.Device = None, dtype: Dtype = DE
         Console(highlight=False).print(table)
 
 
-def load(folder: str, backend: str, lm_head_bits: int | None, dtype: str, device: str | None) -> tuple[Any, Any]:
-    """Open a folder as transformers does; raise SourceError when it is not one."""
+def load(
+    folder: str, backend: str, lm_head_bits: int | None, dtype: str, device: str | None, *, compile: bool
+) -> tuple[Any, Any]:
+    """Open a folder as transformers does; raise SourceError when it is not one.
+
+    compile: see `compile_decoding`; the model then generates with a cache of fixed size.
+    """
     from pathlib import Path
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -167,6 +182,11 @@ def load(folder: str, backend: str, lm_head_bits: int | None, dtype: str, device
     config = AutoRoundConfig(backend=backend, lm_head_bits=lm_head_bits)
     place = str(resolve_device(device or "auto"))
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype, device_map=place)
+    if compile:
+        from auto_round.inference.compiled import compile_decoding
+
+        compile_decoding(model)
+        model.generation_config.cache_implementation = "static"
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
