@@ -54,7 +54,7 @@ def forecast(prepared: Prepared, saving: Saving, target: Path, seqlen: int) -> F
         disk_bytes=disk,
         disk_free_bytes=free,
         memory={**wanted.memory, **({"checking": checking} if checking else {})},
-        device_memory=None if job.device.type == "cpu" else wanted.memory.get("tuning"),
+        device_memory=wanted.device_bytes,
         memory_free_bytes=budget_bytes(job),
         activations="on disk" if wanted.on_disk else "in memory",
         samples_per_forward=wanted.samples_per_forward,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from auto_round.numerics.compensate import ROWS
 from auto_round.pipeline.job import Job, Prepared
 from auto_round.runtime.memory import available_bytes, resident_bytes
 from auto_round.source.checkpoint import DTYPES
@@ -19,36 +20,56 @@ from auto_round.tune.alone import ELEMENTS
 OVERHEAD = 60_000_000
 # float32 tensors of the size of one slice of a weight that are alive at once while it is rounded alone.
 ALONE_COPIES = 10
+# float32 tensors of the size of a weight while its compensated start is made: itself, in order, its codes, shifted.
+START_COPIES = 4
 LINEAR_COPIES = 2  # inputs and outputs of Linears in a backward pass: what was saved, and its gradient
 HIDDEN_COPIES = 10  # float32 hidden states that a block's norms and sums keep for its backward pass
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Counts of one block, the largest in each respect.
+class Shared:
+    """Linears of a block that read the same tensor: its inputs per token, and the weights of each."""
 
-    weights: of quantised Linears. parameters: of everything. stored_bytes: of its weights in the checkpoint.
-    largest_weight: of one Linear. moments: sum over distinct inputs of inputs squared; largest_moment: of one.
-    features: inputs and outputs of all its Linears, per token.
+    inputs: int
+    weights: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Counts of one block.
+
+    parameters: of everything. stored_bytes: of its Linears' weights in the checkpoint. features: inputs and outputs of
+    all its Linears, per token. shared: its quantised Linears, those with most inputs first.
     """
 
-    weights: int
     parameters: int
     stored_bytes: int
-    largest_weight: int
-    moments: int
-    largest_moment: int
     features: int
+    shared: tuple[Shared, ...]
+
+    @property
+    def weights(self) -> int:
+        """Weights of all quantised Linears."""
+        return sum(sum(linears.weights) for linears in self.shared)
+
+    @property
+    def largest_weight(self) -> int:
+        """Weights of the largest quantised Linear."""
+        return max((max(linears.weights) for linears in self.shared), default=0)
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run will use. memory: stage -> peak bytes; see the fields of the same names in `Forecast`."""
+    """What a run will use. memory: stage -> peak bytes of the host; see the fields of the same names in `Forecast`.
+
+    device_bytes: peak on the accelerator that computes, None when there is none.
+    """
 
     memory: Mapping[str, int]
     samples_per_forward: int
     on_disk: bool
     activation_bytes: int
+    device_bytes: int | None
 
     @property
     def peak_bytes(self) -> int:
@@ -95,7 +116,7 @@ def checking_bytes(prepared: Prepared, positions: int) -> int:
     vocabulary: int = prepared.skeleton.model.get_input_embeddings().weight.shape[0]
     copied = max((entry.nbytes for entry in prepared.source.checkpoint.entries.values()), default=0)
     width = prepared.job.dtype.itemsize
-    block = block_sizes(prepared).parameters * width
+    block = max(sizes.parameters for sizes in all_sizes(prepared)) * width
     behind = outside + head + copied + 4 * positions * vocabulary * width
     return resident_bytes() + OVERHEAD + max(behind, outside, block)
 
@@ -127,12 +148,6 @@ def micro_batched(job: Job, samples: int) -> Job:
     return replace(job, recipe=changed)
 
 
-def block_sizes(prepared: Prepared) -> Sizes:
-    """The largest of each count over all blocks."""
-    counted = [_count(prepared, block) for block in prepared.blocks]
-    return Sizes(*(max(getattr(sizes, name) for sizes in counted) for name in Sizes.__dataclass_fields__))
-
-
 def outside_bytes(prepared: Prepared, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes in `dtype` of what lies outside the blocks: (without the head, the head alone)."""
     model = prepared.skeleton.model
@@ -146,46 +161,75 @@ def outside_bytes(prepared: Prepared, dtype: torch.dtype) -> tuple[int, int]:
 
 def _needs(prepared: Prepared, samples: int, seqlen: int, micro: int, *, on_disk: bool) -> Needs:
     job = prepared.job
-    sizes, base = block_sizes(prepared), resident_bytes() + OVERHEAD
+    blocks, base = all_sizes(prepared), resident_bytes() + OVERHEAD
     width = job.dtype.itemsize
-    hidden = prepared.skeleton.model.get_input_embeddings().weight.shape[1]
+    hidden: int = prepared.skeleton.model.get_input_embeddings().weight.shape[1]
     outside, _ = outside_bytes(prepared, job.dtype)
     activations = 2 * samples * seqlen * hidden * width
-    kept = 0 if on_disk else activations
     copied = max((entry.nbytes for entry in prepared.source.checkpoint.entries.values()), default=0)
-    memory = {"saving": base + copied + 4 * sizes.largest_weight}
+    largest = max((sizes.largest_weight for sizes in blocks), default=0)
+    sliced = ALONE_COPIES * 4 * min(ELEMENTS, largest)
+    memory, there = {"saving": base + copied + 4 * largest}, job.device.type != "cpu"
     if samples:
-        per_token = LINEAR_COPIES * sizes.features * width + HIDDEN_COPIES * hidden * 4
-        moments = 4 * sizes.moments + 12 * sizes.largest_moment if job.recipe.start == "compensated" else 0
-        # Held while a block is tuned: it and its exact weights; W and V in float32; gradients; codes kept and tried.
-        block = sizes.parameters * width + sizes.stored_bytes + 8 * sizes.weights + 2 * sizes.weights
-        steps = sizes.weights * width + micro * seqlen * per_token
-        memory["loading"] = base + outside + copied + kept
-        memory["tuning"] = base + kept + block + max(steps, moments)
+        tuning = max(_tuning(sizes, job, micro * seqlen, hidden) for sizes in blocks)
+        stored = max(sizes.stored_bytes for sizes in blocks)
+        kept_here = activations if not on_disk and (job.recipe.low_gpu_mem_usage or not there) else 0
+        kept_there = activations if not on_disk and not kept_here else 0
+        memory["loading"] = base + copied + kept_here + (0 if there else outside)
+        memory["tuning"] = base + kept_here + stored + (0 if there else tuning)
+        device = max(outside, tuning) + kept_there
     else:
-        rounding = (
-            sizes.weights * 2 + 2 * sizes.largest_weight * 4 + ALONE_COPIES * 4 * min(ELEMENTS, sizes.largest_weight)
-        )
-        memory["rounding"] = base + rounding
-    return Needs(memory, micro, on_disk, activations)
+        rounding = max((2 * sizes.weights for sizes in blocks), default=0) + 2 * largest * 4
+        memory["rounding"] = base + rounding + (0 if there else sliced)
+        device = sliced
+    return Needs(memory, micro, on_disk, activations, device if there else None)
+
+
+def _tuning(sizes: Sizes, job: Job, tokens: int, hidden: int) -> int:
+    """Peak bytes of tuning one block where it is computed: the block itself, and what tuning adds.
+
+    tokens: in one forward of a step. hidden: width of the hidden states.
+    """
+    width = job.dtype.itemsize
+    block = sizes.parameters * width
+    per_token = LINEAR_COPIES * sizes.features * width + HIDDEN_COPIES * hidden * 4
+    state, codes = 8 * sizes.weights, sizes.weights  # W and V in float32; the best codes so far, a byte each
+    steps = state + codes + max(sizes.weights * width + tokens * per_token, codes)
+    return block + max(steps, _starting(sizes) if job.recipe.start == "compensated" else 0)
+
+
+def _starting(sizes: Sizes) -> int:
+    """Peak bytes of the compensated start beside its block: moments go as layers come."""
+    moments, layers, peak = sum(4 * shared.inputs**2 for shared in sizes.shared), 0, 0
+    for shared in sizes.shared:
+        factor = 4 * shared.inputs**2
+        peak = max(peak, layers + moments + factor + 8 * ROWS * shared.inputs)
+        moments -= factor
+        for weights in shared.weights:
+            peak = max(peak, layers + moments + factor + 4 * START_COPIES * weights)
+            layers += 8 * weights
+    return peak
+
+
+def all_sizes(prepared: Prepared) -> list[Sizes]:
+    """Counts of every block."""
+    return [_count(prepared, block) for block in prepared.blocks]
 
 
 def _count(prepared: Prepared, block: str) -> Sizes:
     module = prepared.skeleton.model.get_submodule(block)
     linears = {f"{block}.{name}": m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
-    planned = [m for name, m in linears.items() if name in prepared.plan.quantised]
     # q, k, v and gate, up read the same tensor; Linears with as many inputs in the same parent are taken to share.
-    inputs = {
-        (name.rpartition(".")[0], m.in_features) for name, m in linears.items() if name in prepared.plan.quantised
-    }
+    sharing: dict[tuple[str, int], list[int]] = {}
+    for name, linear in linears.items():
+        if name in prepared.plan.quantised:
+            sharing.setdefault((name.rpartition(".")[0], linear.in_features), []).append(linear.weight.numel())
+    shared = [Shared(inputs, tuple(weights)) for (_, inputs), weights in sharing.items()]
     entries = prepared.source.checkpoint.entries
     stored = [entries[prepared.stored_names[name]] for name in linears if name in prepared.stored_names]
     return Sizes(
-        weights=sum(m.weight.numel() for m in planned),
         parameters=sum(p.numel() for p in module.parameters()),
         stored_bytes=sum(entry.nbytes for entry in stored if entry.dtype in DTYPES),
-        largest_weight=max((m.weight.numel() for m in planned), default=0),
-        moments=sum(width**2 for _, width in inputs),
-        largest_moment=max((width**2 for _, width in inputs), default=0),
         features=sum(m.in_features + m.out_features for m in linears.values()),
+        shared=tuple(sorted(shared, key=lambda linears: -linears.inputs)),
     )
