@@ -1,8 +1,10 @@
 """What survives: a real run killed at random moments, stopped, out of disk, and without a folder to write to.
 
-    python -m benchmarks.faults MODEL [--kills 50] [--blocks 4]    (from the repository's root; root for the full disk)
+    python -m benchmarks.faults MODEL [--kills 50] [--blocks 4] [--more SEED]
+                                                           (from the repository's root; root for the full disk)
 
-MODEL: a folder of safetensors, of which the first blocks are taken. Writes benchmarks/results/faults.json.
+MODEL: a folder of safetensors, of which the first blocks are taken. Writes benchmarks/results/faults.json; with --more
+only kills, at other moments, which are added to the kept result.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ RESULT = Path(__file__).parent / "results" / "faults.json"
 TEXT = Path(__file__).parents[1] / "src" / "auto_round" / "evaluate" / "text.txt"
 TUNING = {"iters": 3, "nsamples": 4, "seqlen": 32, "group_size": 64, "batch_size": 4, "start": "plain"}
 FIXED = {"compute_dtype": "float32", "device": "cpu", "dataset": str(TEXT)}
+SEED = 2026
 # The comparison with the original takes most of a run this short; the suite kills runs in it, this does not.
 UNCHECKED = {"enable_check": False}
 
@@ -58,9 +61,9 @@ def hashes(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
 
 
-def kills(model: Path, place: Path, expected: dict[str, str], seconds: float, count: int) -> dict[str, Any]:
+def kills(model: Path, place: Path, expected: dict[str, str], seconds: float, count: int, seed: int) -> dict[str, Any]:
     """`count` outputs, each of a run that is killed (every third one twice) and then left to finish."""
-    draw = random.Random(2026)
+    draw = random.Random(seed)
     jobs, ends = [], []
     for number in range(count):
         log, output = str(place / f"log{number}"), str(place / f"kill{number}")
@@ -175,6 +178,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--blocks", type=int, default=3)
+    parser.add_argument("--more", type=int, metavar="SEED", help="of the moments; other than before")
     given = parser.parse_args()
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -190,11 +194,18 @@ def main() -> None:
         seconds = (time.monotonic() - started) / 2
         expected = hashes(place / "first")
         assert hashes(place / "second") == expected
+        if given.more is not None:
+            kept = json.loads(RESULT.read_text())
+            more = kills(model, place, expected, seconds, given.kills, given.more)
+            kept["kills"] = {name: kept["kills"][name] + more[name] for name in more}
+            RESULT.write_text(json.dumps(kept, indent=2) + "\n")
+            print(json.dumps(kept["kills"]))
+            return
         result = {
             "model": f"{given.model.name}, its first {given.blocks} blocks",
             "settings": TUNING,
             "seconds_of_one_run": round(seconds, 2),
-            "kills": kills(model, place, expected, seconds, given.kills),
+            "kills": kills(model, place, expected, seconds, given.kills, SEED),
         }
         print(json.dumps(result, indent=1), flush=True)
         result["signals"] = signalled(model, place, expected)

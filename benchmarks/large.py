@@ -1,10 +1,10 @@
 """A model far larger than the memory it is quantised in: foreseen, rounded within 3 GB, tuned within 6 GB.
 
-    python -m benchmarks.large FOLDER [--blocks 32] [--part write|round|tune]     (from the repository's root)
+    python -m benchmarks.large FOLDER [--shape 8b|1b] [--blocks 32] [--part write|round|tune]
 
-Writes a random Llama-shaped model of 8 billion parameters (16 GB) into FOLDER, block by block, unless it is there;
+Writes a random Llama-shaped model of 8 (or 1.5) billion parameters into FOLDER, block by block, unless it is there;
 plans and rounds it, plans and tunes its first two blocks, and keeps forecast and measurement side by side in
-benchmarks/results/large.json. Delete FOLDER afterwards.
+benchmarks/results/large.json. Run it from the repository's root, and delete FOLDER. --blocks: fewer of that shape.
 """
 
 from __future__ import annotations
@@ -24,26 +24,34 @@ import torch
 from transformers import LlamaConfig
 
 RESULT = Path(__file__).parent / "results" / "large.json"
-SHAPE = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": False,
-    "dtype": "bfloat16",
+EVERY = {"vocab_size": 128256, "max_position_embeddings": 8192, "tie_word_embeddings": False, "dtype": "bfloat16"}
+SHAPES: dict[str, dict[str, Any]] = {
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 32,
+        **EVERY,
+    },
+    "1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 16,
+        **EVERY,
+    },
 }
 TUNED_BLOCKS = 2
 
 
-def write(folder: Path, blocks: int) -> None:
+def write(folder: Path, made: dict[str, Any]) -> None:
     """One shard a block, one for the embedding, one for the head; every value is normal with deviation 0.02."""
     folder.mkdir(parents=True)
     noise = torch.randn(1 << 26, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
-    hidden, inner, vocabulary = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["vocab_size"]
-    assert isinstance(hidden, int)
-    narrow = hidden // 4  # 8 heads of keys and values to 32 of queries
+    hidden, inner, vocabulary = made["hidden_size"], made["intermediate_size"], made["vocab_size"]
+    blocks, narrow = made["num_hidden_layers"], hidden // 4  # a head of keys and values to 4 of queries
     block = {
         "self_attn.q_proj": (hidden, hidden),
         "self_attn.k_proj": (narrow, hidden),
@@ -61,7 +69,7 @@ def write(folder: Path, blocks: int) -> None:
     for number, shapes in enumerate(shards):
         _shard(folder / f"shard-{number:03d}.safetensors", shapes, noise.roll(104729 * number))
     index(folder, {name: f"shard-{number:03d}.safetensors" for number, shapes in enumerate(shards) for name in shapes})
-    LlamaConfig(**SHAPE, num_hidden_layers=blocks, architectures=["LlamaForCausalLM"]).save_pretrained(folder)
+    LlamaConfig(**made, architectures=["LlamaForCausalLM"]).save_pretrained(folder)
 
 
 def _shard(file: Path, shapes: Mapping[str, Any], noise: torch.Tensor) -> None:
@@ -139,8 +147,10 @@ def measured(settings: dict[str, Any], output: Path, saving: dict[str, Any]) -> 
     foreseen = {"peak_bytes": plan["peak_bytes"], "seconds": plan["total_seconds"]}
     foreseen["weight_bytes"] = sum(plan["formats"][0]["files"].values())
     done["weight_bytes"] = weights
+    model = Path(settings["model"])
     return {
-        "settings": settings,
+        "model_bytes": sum(file.stat().st_size for file in model.glob("*.safetensors")),
+        "settings": {**settings, "model": model.name},
         "foreseen": foreseen,
         "measured": done,
         "foreseen_over_measured": {name: round(foreseen[name] / done[name], 3) for name in foreseen},
@@ -154,15 +164,17 @@ def main() -> None:
     """Write the model if need be, then both runs."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--blocks", type=int, default=32)
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="8b")
+    parser.add_argument("--blocks", type=int)
     parser.add_argument("--part", choices=("write", "round", "tune"))
     given = parser.parse_args()
     if not given.folder.exists():
         begin = time.monotonic()
-        write(given.folder, given.blocks)
+        made = SHAPES[given.shape]
+        write(given.folder, {**made, "num_hidden_layers": given.blocks or made["num_hidden_layers"]})
         print(f"written in {time.monotonic() - begin:.0f} s")
-    found = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    found["model_bytes"] = sum(file.stat().st_size for file in given.folder.glob("*.safetensors"))
+    kept = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    found = kept.setdefault(given.shape, {})
     output = given.folder.with_name(given.folder.name + "-out")
     settings = {"model": str(given.folder), "group_size": 128, "device": "cpu"}
     if given.part in ("round", None):
@@ -172,11 +184,11 @@ def main() -> None:
         part = given.folder.with_name(given.folder.name + "-part")
         shutil.rmtree(part, ignore_errors=True)
         settings["model"] = str(first_blocks(given.folder, part, TUNED_BLOCKS))
-        tuning = {"iters": 2, "nsamples": 4, "seqlen": 128, "batch_size": 2, "start": "plain", "max_memory": "6GB"}
+        tuning = {"iters": 2, "nsamples": 4, "seqlen": 128, "batch_size": 2, "max_memory": "6GB"}
         found["tuned_two_blocks"] = measured({**settings, **tuning}, output, {})
         shutil.rmtree(part)
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(found, indent=2) + "\n")
+    RESULT.write_text(json.dumps(kept, indent=2) + "\n")
     print(RESULT.read_text())
 
 

@@ -13,7 +13,7 @@ import pytest
 from auto_round import AutoRound
 from auto_round.cli.quantise import show_forecast
 from auto_round.formats import FORMATS
-from auto_round.pipeline.runtimes import readers
+from auto_round.formats.clients import Held, clients
 from auto_round.spec.fusions import broken_fusions
 from auto_round.spec.plan import LinearShape, make_plan
 from auto_round.spec.scheme import Scheme
@@ -43,8 +43,8 @@ def test_the_forecast_lists_every_layer_and_writes_nothing(llama_folder: Path, t
     assert schemes["model.layers.0.mlp.down_proj"] == ("kept", "layer_config '*.0.mlp.down_proj'")
     assert schemes["lm_head"] == ("kept", "outside the blocks")
     assert any("q_proj W8A16G32; k_proj, v_proj W4A16G32" in problem for problem in forecast.problems)
-    assert forecast.formats[0].readers["transformers"] is None
-    assert "alike" in str(forecast.formats[0].readers["vLLM"])
+    assert forecast.formats[0].clients["transformers with this package"] is None
+    assert "alike" in str(forecast.formats[0].clients["vLLM"])
     assert list(tmp_path.iterdir()) == []
     assert json.loads(forecast.to_json())["peak_bytes"] == forecast.peak_bytes > 10**8
     assert 0 < forecast.total_seconds < 600
@@ -76,16 +76,18 @@ def plan_of(rules: dict[str, Any], scheme: Scheme) -> Any:
     [
         ({}, Scheme(4, 64), "auto_round", None),
         ({}, Scheme(4, 128), "auto_round", "does not divide"),
-        ({}, Scheme(4, 96), "auto_round", "group sizes"),
+        ({}, Scheme(4, 96), "auto_round", "groups of"),
         ({}, Scheme(4, 64, False), "auto_round", None),
-        ({}, Scheme(2, 64, False), "auto_round", "asymmetric"),
-        ({}, Scheme(2, 64), "auto_gptq", "4 and 8 bits"),
+        ({}, Scheme(2, 64, False), "auto_round", "packing"),
+        ({}, Scheme(2, 64, False), "auto_gptq", "asymmetric"),
+        ({}, Scheme(2, 64), "auto_gptq", "of 4 and 8 bits only"),
         ({"*.k_proj": {"bits": 8}}, Scheme(4, 64), "auto_round", "loaded as one matrix"),
         ({"*.up_proj": {"bits": 8}}, Scheme(4, 64), "auto_round", None),
     ],
 )
 def test_what_vllm_opens(rules: dict[str, Any], scheme: Scheme, format: str, obstacle: str | None) -> None:
-    found = {reader.runtime: reader.obstacle for reader in readers(plan_of(rules, scheme), format)}["vLLM"]
+    plan = plan_of(rules, scheme)
+    found = clients(Held(plan, format, FORMATS[format].settings(plan)))["vLLM"]
     assert found is None if obstacle is None else obstacle in str(found)
 
 

@@ -88,6 +88,10 @@ class AutoRoundFormat:
     def check(self, plan: Plan) -> None:
         """Every mix of schemes, and the head, can be said."""
 
+    def settings(self, plan: Plan) -> Mapping[str, Any]:
+        """The quantization_config of a plan, without provenance."""
+        return quantization_config(plan, {})
+
     def sizes(self, export: Export, largest_shard: int) -> Mapping[str, int]:
         """The shards and their index."""
         return folder_sizes(export, largest_shard, LAYOUTS[packing_for(export.plan)])

@@ -117,6 +117,10 @@ class Format(Protocol):
         """Raise FormatError when the format cannot hold the plan as a whole. Asked before any work."""
         ...
 
+    def settings(self, plan: Plan) -> Mapping[str, Any]:
+        """The quantization_config that `write` will give a plan, without provenance; empty where a format has none."""
+        ...
+
     def sizes(self, export: Export, largest_shard: int) -> Mapping[str, int]:
         """Tell the weight files that `write` will make and the exact bytes of each, without asking for any codes."""
         ...

@@ -22,7 +22,7 @@ SERVED_PACKINGS = ("auto_round:auto_gptq", *AWQ_PACKINGS)
 
 @dataclass(frozen=True)
 class Held:
-    """A quantised model as its readers see it. settings: its quantization_config."""
+    """A quantised model as its readers see it, or will see it. settings: its quantization_config."""
 
     plan: Plan
     format: str
@@ -45,7 +45,8 @@ Rule = Callable[[Held], str | None]
 
 def clients(held: Held) -> dict[str, str | None]:
     """For every client that knows the format: what is in the way of opening it, or None."""
-    return {name: rule(held) for name, (formats, rule) in CLIENTS.items() if held.format in formats}
+    family = held.format.partition(":")[0]
+    return {name: rule(held) for name, (formats, rule) in CLIENTS.items() if family in formats}
 
 
 def _first(held: Held, rule: Callable[[LayerPlan], str | None]) -> str | None:
@@ -132,6 +133,10 @@ def _served(held: Held, layer: LayerPlan) -> str | None:
     return None
 
 
+def _nothing(held: Held) -> None:
+    """Nothing is in the way."""
+
+
 CLIENTS: dict[str, tuple[tuple[str, ...], Rule]] = {
     "transformers with this package": (("auto_round", "auto_gptq", "gptq_v2", "auto_awq"), _ours),
     "transformers with gptqmodel": (("auto_gptq", "auto_awq"), _transformers),
@@ -141,4 +146,6 @@ CLIENTS: dict[str, tuple[tuple[str, ...], Rule]] = {
     "llama.cpp, llama-cpp-python, Ollama, LM Studio": (GGUF, lambda held: None),
     "vLLM": (("auto_round", "auto_gptq", "gptq_v2", "auto_awq", "llm_compressor"), _server),
     "SGLang": (("auto_round", "auto_gptq", "auto_awq"), _server),
+    "llama.cpp": (("gguf",), _nothing),
+    "transformers": (("fake",), _nothing),
 }

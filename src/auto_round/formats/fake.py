@@ -36,6 +36,10 @@ class FakeFormat:
     def check(self, plan: Plan) -> None:
         """Floats hold every plan."""
 
+    def settings(self, plan: Plan) -> Mapping[str, Any]:
+        """Nothing: the folder is an ordinary one."""
+        return {}
+
     def sizes(self, export: Export, largest_shard: int) -> Mapping[str, int]:
         """The shards and their index."""
         return shard_sizes(list(_pieces(export)), largest_shard)

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from torch import nn
-
 from auto_round.formats.base import Format
-from auto_round.pipeline.gate import gate_bytes
+from auto_round.formats.clients import Held, clients
+from auto_round.pipeline.duration import seconds
+from auto_round.pipeline.gate import foreseen
 from auto_round.pipeline.job import Prepared, Saving
-from auto_round.pipeline.needs import Needs, budget_bytes, needs, too_much
-from auto_round.pipeline.runtimes import readers
+from auto_round.pipeline.needs import budget_bytes, needs, too_much
 from auto_round.pipeline.saving import blank_export
-from auto_round.pipeline.timing import Rates, measure
+from auto_round.pipeline.timing import measure
 from auto_round.report.forecast import Forecast, ForecastFormat, ForecastLayer
 from auto_round.spec.fusions import broken_fusions
 from auto_round.spec.plan import LayerPlan
-
-ATTENTION_SHARE = 0.75  # of all pairs of tokens: causal attention needs half, kernels do more
-LOSSES = 5  # passes over the held-out samples in one block: plain, start, and the candidates
-HELD_LEAST = 1
 
 
 def forecast(prepared: Prepared, saving: Saving, target: Path, seqlen: int) -> Forecast:
@@ -33,15 +28,17 @@ def forecast(prepared: Prepared, saving: Saving, target: Path, seqlen: int) -> F
     samples = job.recipe.nsamples if calibrated else 0
     wanted = needs(prepared, samples, seqlen)
     problems = [sentence] if (sentence := too_much(wanted, job)) else []
-    checking = gate_bytes(prepared, samples, seqlen) if saving.max_kl is not None else None
+    checked = foreseen(prepared, samples, seqlen) if saving.max_kl is not None else None
     formats = tuple(_format(prepared, saving, output) for output in saving.formats)
-    journal = plan.codes_bytes()
-    disk = journal + sum(entry.bytes for entry in formats) + (wanted.activation_bytes if wanted.on_disk else 0)
+    journal, outputs = plan.codes_bytes(), sum(entry.bytes for entry in formats)
+    disk = journal + outputs + (wanted.activation_bytes if wanted.on_disk else 0)
     place = next(parent for parent in (target, *target.parents) if parent.is_dir())
     free = shutil.disk_usage(place).free
     if disk > free:
         problems.append(f"{disk / 1e9:.2f} GB of disk are needed and {free / 1e9:.2f} GB are free")
-    rates = measure(job, plan.scheme, place)
+    schemes = Counter(layer.scheme for layer in plan.quantised.values() if layer.scheme is not None)
+    usual = max(schemes, key=lambda scheme: schemes[scheme], default=plan.scheme)
+    rates = measure(job, usual, place, prepared.source.checkpoint.entries.values())
     return Forecast(
         model=prepared.source.title,
         model_bytes=sum(entry.nbytes for entry in prepared.source.checkpoint.entries.values()),
@@ -53,12 +50,12 @@ def forecast(prepared: Prepared, saving: Saving, target: Path, seqlen: int) -> F
         journal_bytes=journal,
         disk_bytes=disk,
         disk_free_bytes=free,
-        memory={**wanted.memory, **({"checking": checking} if checking else {})},
+        memory={**wanted.memory, **({"checking": checked.peak_bytes} if checked else {})},
         device_memory=wanted.device_bytes,
         memory_free_bytes=budget_bytes(job),
         activations="on disk" if wanted.on_disk else "in memory",
         samples_per_forward=wanted.samples_per_forward,
-        seconds=_seconds(prepared, wanted, rates, samples, seqlen, disk),
+        seconds=seconds(prepared, rates, samples, seqlen, outputs, checked),
         device=str(job.device),
         compute_dtype=str(job.dtype).removeprefix("torch."),
         problems=(*problems, *_problems(prepared, seqlen, calibrated)),
@@ -81,38 +78,8 @@ def _format(prepared: Prepared, saving: Saving, output: Format) -> ForecastForma
         format=output.name,
         files=dict(output.sizes(export, saving.largest_shard)),
         other_bytes=sum(file.stat().st_size for file in export.extra),
-        readers={reader.runtime: reader.obstacle for reader in readers(prepared.plan, output.name)},
+        clients=clients(Held(prepared.plan, output.name, output.settings(prepared.plan))),
     )
-
-
-def _seconds(
-    prepared: Prepared, wanted: Needs, rates: Rates, samples: int, seqlen: int, written: int
-) -> Mapping[str, float]:
-    weights = sum(layer.out_features * layer.in_features for layer in prepared.plan.quantised.values())
-    source = sum(entry.nbytes for entry in prepared.source.checkpoint.entries.values())
-    saving = weights * rates.packed + written * (rates.written + rates.read)
-    if not samples:
-        return {"rounding": weights * rates.rounded + source * rates.read, "saving": saving}
-    recipe = prepared.job.recipe
-    per_step = min(recipe.batch_size * recipe.gradient_accumulate_steps, samples)
-    held = max(HELD_LEAST, round(recipe.heldout * samples)) if recipe.heldout else samples
-    starts = passes = steps = 0.0
-    searching = recipe.start != "plain"
-    for block in prepared.blocks:
-        module = prepared.skeleton.model.get_submodule(block)
-        planned = [m for n, m in module.named_modules() if f"{block}.{n}" in prepared.plan.quantised]
-        shapes = [tuple(m.weight.shape) for m in planned if isinstance(m, nn.Linear)]
-        mine = sum(out * inputs for out, inputs in shapes)
-        every = sum(p.numel() for p in module.parameters() if p.dim() == 2)
-        width = max((inputs for _, inputs in shapes), default=0)
-        attention = ATTENTION_SHARE * 2 * seqlen * min(width, min((inputs for _, inputs in shapes), default=0))
-        passes += rates.forward * seqlen * (every + attention) * (2 * samples + samples * searching + LOSSES * held)
-        steps += recipe.iters * (per_step * seqlen * (every + attention) * rates.step + mine * rates.sweep)
-        starts += mine * rates.searched
-        if recipe.start == "compensated":
-            starts += rates.compensated * sum(out * inputs**2 + inputs**3 for out, inputs in shapes)
-            starts += rates.forward * seqlen * samples * sum(i * i for i in {inputs for _, inputs in shapes})
-    return {"passes": passes + source * rates.read, "starts": starts, "steps": steps, "saving": saving}
 
 
 def _problems(prepared: Prepared, seqlen: int, calibrated: bool) -> list[str]:

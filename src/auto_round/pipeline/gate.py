@@ -110,8 +110,17 @@ def check(result: Quantised, folders: Sequence[tuple[str, Path]], listener: List
     return Verdict(tuple(findings), tuple(errors), tuple(notes), tuple(faults))
 
 
-def gate_bytes(prepared: Prepared, samples: int, seqlen: int) -> int | None:
-    """Peak memory of `check`, without parts that will be left out for lack of memory; None if all will be.
+@dataclass(frozen=True)
+class Checked:
+    """What `check` will run: tokens in all, whether through transformers too, and the peak bytes of it."""
+
+    positions: int
+    opened: bool
+    peak_bytes: int
+
+
+def foreseen(prepared: Prepared, samples: int, seqlen: int) -> Checked | None:
+    """What `check` will do, without parts that will be left out for lack of memory; None if all will be.
 
     samples, seqlen: of the calibration set, 0 samples when there is none.
     """
@@ -121,7 +130,7 @@ def gate_bytes(prepared: Prepared, samples: int, seqlen: int) -> int | None:
     budget = budget_bytes(prepared.job)
     if not positions or codes > budget:
         return None
-    return max(codes, opened) if opened <= budget else codes
+    return Checked(positions, opened <= budget, max(codes, opened) if opened <= budget else codes)
 
 
 def judge(verdict: Verdict, largest: float, blocks: Sequence[str], folder: Path) -> None:

@@ -1,31 +1,37 @@
-"""How fast this machine is at what a run does: the tuner itself, tried for a moment on blocks of random weights."""
+"""How fast this machine is at what a run does: its own parts, each tried for a moment on random values."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from auto_round.numerics.bitpack import pack, unpack
-from auto_round.numerics.kpack import pack_blocks
+from auto_round.formats.layouts import GPTQ_RAW
+from auto_round.numerics.compensate import compensation
+from auto_round.pipeline.inspection import examine
 from auto_round.pipeline.job import Job
-from auto_round.qtensor import BlockTensor
+from auto_round.qtensor import BlockTensor, QuantTensor
 from auto_round.runtime.journal import Journal
 from auto_round.runtime.rng import generator_for
+from auto_round.source.checkpoint import TensorEntry
 from auto_round.spec.scheme import Scheme
 from auto_round.tune.alone import quantise_alone
-from auto_round.tune.block import Activations, BlockTask, tune_block
+from auto_round.tune.block import CHECKPOINTS, Activations, BlockTask, tune_block
+from auto_round.tune.start import Inputs, inputs_from
+from auto_round.tune.starting import start_layer
 
-NARROW, WIDE = 256, 512  # inputs and outputs of the Linears that are tried
-FEW, MANY = 16, 1024  # tokens
-STEPS = 3
-DISK_BYTES = 32_000_000
+WIDTH = 1024  # inputs of what is tried: then a weight and what belongs to it lie in no cache, as in a run
+FEW, MANY = 16, 512  # tokens
+STEPS = 4
+ROWS, TALL = 512, 4096  # rows of a weight that is started, and of one that is rounded and packed
+DISK_BYTES = 64_000_000
+PIECES = 8  # places of the source that are read
 
 
 @dataclass(frozen=True)
@@ -33,96 +39,133 @@ class Rates:
     """Seconds for one of each.
 
     forward: one multiplication and addition of a forward pass; step: the same of a step (three passes). sweep: one
-    weight in a step, whatever the tokens. searched: one weight of the start; compensated: one unit of out * in^2 + in^3
-    of it. rounded: one weight rounded alone. packed: one weight encoded and read back twice. written, read: one byte
-    of a file.
+    weight in a step, whatever the tokens; lone: one weight in the forward pass of one token. examined, searched,
+    ordered, rounded: one weight looked at for NaN, started by range search, given codes column by column (without the
+    products of whole matrices, which go at `forward`), rounded alone. factored: one value of in^3 of an input's moment.
+    kept: one weight packed, hashed and written to the journal. restored: one weight read from there as floats. packed:
+    one weight taken from the journal, encoded, decoded and compared with the journal's. written, read: one byte of a
+    file made durable, and of a file just written. source: one byte of the original model.
     """
 
     forward: float
     step: float
     sweep: float
+    lone: float
+    examined: float
     searched: float
-    compensated: float
+    ordered: float
+    factored: float
     rounded: float
+    kept: float
+    restored: float
     packed: float
     written: float
     read: float
+    source: float
 
 
-def measure(job: Job, scheme: Scheme, folder: Path) -> Rates:
-    """Try everything once, in a second or a few. folder: where the run will write."""
-    start_narrow, start_wide = (_tuning(job, scheme, width, FEW, 0) for width in (NARROW, WIDE))
-    few, many = (
-        (_tuning(job, scheme, WIDE, tokens, STEPS) - _tuning(job, scheme, WIDE, tokens, 0)) / STEPS
-        for tokens in (FEW, MANY)
-    )
-    weights = 2 * WIDE * WIDE
-    step = max((many - few) / (weights * (MANY - FEW)), 1e-13)
-    sweep = max(few / weights - FEW * step, 0.0)
-    searched, compensated = _split(start_narrow, start_wide)
+def measure(job: Job, scheme: Scheme, folder: Path, source: Iterable[TensorEntry]) -> Rates:
+    """Try everything once, in a second or a few. folder: where the run will write; source: tensors it will read."""
+    forward, lone = _forward(job, MANY), _forward(job, 1)
+    few, many = (_step(job, scheme, tokens, forward) for tokens in (FEW, MANY))
+    weights = 2 * WIDTH * WIDTH
+    step = max((many - few) / (weights * (MANY - FEW)), forward)
     written, read = _disk(folder)
-    rounded, packed = _alone(job, scheme, folder)
-    return Rates(_forward(job), step, sweep, searched, compensated, rounded, packed, written, read)
-
-
-def _split(narrow: float, wide: float) -> tuple[float, float]:
-    """Time of the start at two widths -> (by weight, by out * in^2 + in^3): two equations with two unknowns."""
-    w1, w2 = 2 * NARROW**2, 2 * WIDE**2
-    c1, c2 = 4 * NARROW**3, 4 * WIDE**3
-    compensated = max((wide - narrow * w2 / w1) / (c2 - c1 * w2 / w1), 0.0)
-    return max((narrow - compensated * c1) / w1, 0.0), compensated
-
-
-def _tuning(job: Job, scheme: Scheme, width: int, tokens: int, iters: int) -> float:
-    """Seconds of `iters` steps, and the start, on a block of two Linears (width x width) and one sample of `tokens`."""
-    draw = torch.Generator().manual_seed(0)
-    block = nn.Sequential(nn.Linear(width, width, bias=False), nn.SiLU(), nn.Linear(width, width, bias=False))
-    block.to(job.device, job.dtype).requires_grad_(False)
-    linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
-    weights = {name: torch.randn(width, width, generator=draw).mul_(0.02) for name in linears}
-    inputs = torch.randn(1, tokens, width, generator=draw).to(job.device, job.dtype)
-    task = BlockTask(lambda hidden, _: block(hidden), linears, weights, dict.fromkeys(linears, scheme))
-    with torch.no_grad():
-        targets = block(inputs)
-    recipe = replace(job.recipe, iters=iters, batch_size=1, gradient_accumulate_steps=1, enable_torch_compile=False)
-
-    def once() -> None:
-        generator = generator_for(0, "timing")
-        tune_block(task, Activations(inputs, targets, None), recipe, generator, job.device, lambda *_: None)
-
-    return _seconds(once)
-
-
-def _forward(job: Job) -> float:
-    linear = nn.Linear(WIDE, WIDE, bias=False).to(job.device, job.dtype)
-    inputs = torch.ones(MANY, WIDE, device=job.device, dtype=job.dtype)
-    with torch.no_grad():
-        return _seconds(lambda: linear(inputs)) / (MANY * WIDE * WIDE)
-
-
-def _alone(job: Job, scheme: Scheme, folder: Path) -> tuple[float, float]:
-    weight = torch.randn(WIDE, 4 * WIDE, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16)
+    searched, ordered, factored = _start(job, scheme, forward)
+    weight = _weight(TALL).to(torch.bfloat16)
     count = weight.numel()
-    rounded = _seconds(lambda: quantise_alone(weight, scheme, "plain", None, job.device)) / count
+    examined = _seconds(job, lambda: examine("x", weight, scheme)) / count
+    rounded = _seconds(job, lambda: quantise_alone(weight, scheme, "plain", None, job.device)) / count
     tensor = quantise_alone(weight, scheme, "plain", None, job.device)
     with tempfile.TemporaryDirectory(prefix=".timing-", dir=folder) as scratch:
         journal = Journal(Path(scratch))
-        journal.put("timing", {"x": tensor})
+        kept = _seconds(job, lambda: journal.put("timing", {"x": tensor}), 1) / count
+        restored = _seconds(job, lambda: journal.get("x").dequantize()) / count
+        packed = _seconds(job, lambda: _there_and_back(journal), 1) / count
+    return Rates(
+        forward=forward,
+        step=step,
+        sweep=max(few / weights - FEW * step, 0.0),
+        lone=lone,
+        examined=examined,
+        searched=searched,
+        ordered=ordered,
+        factored=factored,
+        rounded=rounded,
+        kept=kept,
+        restored=restored,
+        packed=packed,
+        written=written,
+        read=read,
+        source=_source(list(source)),
+    )
 
-        def there_and_back() -> None:
-            """What a layer goes through after it is rounded: packed, read, packed again, read twice to be compared."""
-            for _ in range(2):
-                _pack_and_unpack(journal)
 
-        packed = _seconds(there_and_back) / count
-    return rounded, packed
+def _weight(rows: int) -> Tensor:
+    return torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(0)).mul_(0.02)
 
 
-def _pack_and_unpack(journal: Journal) -> Tensor:
-    tensor = journal.get("x")
+def _forward(job: Job, tokens: int) -> float:
+    linear = nn.Linear(WIDTH, TALL, bias=False).to(job.device, job.dtype)
+    inputs = torch.ones(tokens, WIDTH, device=job.device, dtype=job.dtype)
+    with torch.no_grad():
+        return _seconds(job, lambda: linear(inputs)) / (tokens * WIDTH * TALL)
+
+
+def _step(job: Job, scheme: Scheme, tokens: int, forward: float) -> float:
+    """Seconds of one step of a block of two Linears (WIDTH x WIDTH) on one sample of `tokens`.
+
+    What goes before the steps, and the trials of the codes between them, are taken off.
+    """
+    block = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.SiLU(), nn.Linear(WIDTH, WIDTH, bias=False))
+    block.to(job.device, job.dtype).requires_grad_(False)
+    linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+    inputs = torch.randn(1, tokens, WIDTH, generator=torch.Generator().manual_seed(0)).to(job.device, job.dtype)
+    weights = {name: _weight(WIDTH) for name in linears}
+    task = BlockTask(lambda hidden, _: block(hidden), linears, weights, dict.fromkeys(linears, scheme))
+    with torch.no_grad():
+        targets = block(inputs)
+    recipe = replace(
+        job.recipe, iters=STEPS, batch_size=1, gradient_accumulate_steps=1, enable_torch_compile=False, start="plain"
+    )
+
+    def tuned(iters: int) -> None:
+        data = Activations(inputs, targets, None)
+        tune_block(task, data, replace(recipe, iters=iters), generator_for(0, "timing"), job.device, lambda *_: None)
+
+    trials = len({round(share * STEPS) for share in CHECKPOINTS}) * forward * tokens * 2 * WIDTH * WIDTH
+    taken = _seconds(job, lambda: tuned(STEPS)) - _seconds(job, lambda: tuned(0)) - trials
+    return max(taken, 0.0) / STEPS
+
+
+def _start(job: Job, scheme: Scheme, forward: float) -> tuple[float, float, float]:
+    """Seconds of (the search, the columns' loop) for one weight, and of a factor for one value of in^3."""
+    kind = job.recipe.start
+    if kind == "plain":
+        return 0.0, 0.0, 0.0
+    weight, count = _weight(ROWS).to(job.device), ROWS * WIDTH
+    moment = torch.eye(WIDTH, device=job.device)
+    known = inputs_from(moment, kind)
+    assert known is not None
+    least = Inputs(known.importance, None)
+    searched = _seconds(job, lambda: start_layer(weight, scheme, "search", least), 1) / count
+    if known.compensation is None:
+        return searched, 0.0, 0.0
+    whole = _seconds(job, lambda: start_layer(weight, scheme, kind, known), 1) / count
+    factored = _seconds(job, lambda: compensation(moment)) / WIDTH**3
+    return searched, max(whole - searched - forward * WIDTH / 2, 0.0), factored
+
+
+def _there_and_back(journal: Journal) -> bool:
+    """What a layer goes through when it is saved: read, encoded, decoded, and compared with what is read again.
+
+    GPTQ's layout stands for all of codes; blocks of GGUF lie in their file as they are.
+    """
+    tensor: QuantTensor = journal.get("x")
     if isinstance(tensor, BlockTensor):
-        return pack_blocks(tensor.fields(), tensor.scheme)
-    return unpack(pack(tensor.codes, tensor.scheme.bits), tensor.scheme.bits, tensor.in_features)
+        return tensor.same(journal.get("x"))  # type: ignore[arg-type]
+    found = GPTQ_RAW.decode(GPTQ_RAW.encode(tensor), tensor.scheme, tensor.in_features)
+    return found.same(journal.get("x"))  # type: ignore[arg-type]
 
 
 def _disk(folder: Path) -> tuple[float, float]:
@@ -139,11 +182,24 @@ def _disk(folder: Path) -> tuple[float, float]:
         return written / len(data), (time.perf_counter() - begin) / len(data)
 
 
-def _seconds(work: Callable[[], object], repeats: int = 2) -> float:
+def _source(entries: list[TensorEntry]) -> float:
+    """Seconds per byte of the original model, read here and there: from the disk, or from memory if it is there."""
+    chosen = [entries[len(entries) * i // PIECES] for i in range(PIECES)] if entries else []
+    read, begin = 0, time.perf_counter()
+    for entry in chosen:
+        with entry.file.open("rb", buffering=0) as file:
+            file.seek(entry.offset)
+            read += len(file.read(min(entry.nbytes, DISK_BYTES // PIECES)))
+    return (time.perf_counter() - begin) / max(read, 1)
+
+
+def _seconds(job: Job, work: Callable[[], object], repeats: int = 2) -> float:
     """Shortest of a few tries: what is in the way of one is not in the way of all."""
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
         work()
+        if job.device.type != "cpu":
+            torch.get_device_module(job.device).synchronize()
         times.append(time.perf_counter() - begin)
     return min(times)

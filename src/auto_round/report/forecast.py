@@ -29,13 +29,13 @@ class ForecastLayer:
 class ForecastFormat:
     """One output. files: weight file -> bytes, exact. other_bytes: files copied beside them.
 
-    readers: runtime -> what keeps it from opening the result, None if nothing does.
+    clients: software -> what keeps it from opening the result, None if nothing does.
     """
 
     format: str
     files: Mapping[str, int]
     other_bytes: int
-    readers: Mapping[str, str | None]
+    clients: Mapping[str, str | None]
 
     @property
     def bytes(self) -> int:
@@ -127,9 +127,9 @@ def _rows(forecast: Forecast) -> list[tuple[str, str]]:
     for entry in forecast.formats:
         smaller = f"{forecast.model_bytes / entry.bytes:.2f} times smaller" if entry.bytes else ""
         rows.append((entry.format, f"{bytes_text(entry.bytes)} in {len(entry.files)} weight files, {smaller}"))
-        opened = [name for name, obstacle in entry.readers.items() if obstacle is None]
+        opened = [name for name, obstacle in entry.clients.items() if obstacle is None]
         rows.append(("", f"opens in {', '.join(opened) or 'nothing known'}"))
-        rows += [("", f"not in {name}: {obstacle}") for name, obstacle in entry.readers.items() if obstacle]
+        rows += [("", f"not in {name}: {obstacle}") for name, obstacle in entry.clients.items() if obstacle]
     stages = ", ".join(f"{stage} {bytes_text(count)}" for stage, count in forecast.memory.items())
     free = bytes_text(forecast.memory_free_bytes)
     rows.append(("Peak memory", f"{bytes_text(forecast.peak_bytes)} of {free} available ({stages})"))

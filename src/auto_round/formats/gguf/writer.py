@@ -90,6 +90,10 @@ class GgufFormat:
     def check(self, plan: Plan) -> None:
         """Every mix of types can be said."""
 
+    def settings(self, plan: Plan) -> Mapping[str, Any]:
+        """Nothing: the file says it in its own words."""
+        return {}
+
     def sizes(self, export: Export, largest_shard: int) -> Mapping[str, int]:
         """Names and bytes of the files: heads as they will be written, and the tensors behind them."""
         with tempfile.TemporaryDirectory() as scratch:

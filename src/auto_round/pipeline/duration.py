@@ -1,0 +1,71 @@
+"""How long a run will take, part by part: what it does, counted from shapes, times how fast this machine does it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from auto_round.pipeline.gate import SENTENCE_TOKENS, Checked
+from auto_round.pipeline.job import Prepared
+from auto_round.pipeline.needs import Sizes, all_sizes
+from auto_round.pipeline.timing import Rates
+
+ATTENTION_SHARE = 0.75  # of all pairs of tokens: causal attention needs half, kernels do more
+LOSSES = 5  # passes over the held-out samples in one block: plain, start, and the candidates
+CHAINS = 2  # the original's activations and the quantised model's
+
+
+def seconds(
+    prepared: Prepared, rates: Rates, samples: int, seqlen: int, outputs: int, checked: Checked | None
+) -> Mapping[str, float]:
+    """Seconds by part. outputs: bytes of all folders; checked: what the end gate will run, None when it will not."""
+    weights = sum(layer.out_features * layer.in_features for layer in prepared.plan.quantised.values())
+    source = sum(entry.nbytes for entry in prepared.source.checkpoint.entries.values())
+    keeping = weights * rates.kept
+    # A tensor that is copied is read from the source, and what is written is read back to be proved.
+    copied = sum(e.nbytes for n, e in prepared.source.checkpoint.entries.items() if n not in _replaced(prepared))
+    found = {"saving": weights * rates.packed + outputs * (rates.written + rates.read) + copied * rates.source}
+    if checked is not None:
+        found["checking"] = _checking(prepared, rates, checked, weights, source, outputs)
+    if not samples:
+        return {"rounding": weights * (rates.examined + rates.rounded) + source * rates.source + keeping, **found}
+    passes, starts, steps = (
+        sum(part)
+        for part in zip(*(_block(prepared, s, rates, samples, seqlen) for s in all_sizes(prepared)), strict=True)
+    )
+    # Every weight is read to be examined, then with its block.
+    reading = weights * rates.examined + source * (rates.source + rates.read)
+    return {"passes": passes + reading, "starts": starts, "steps": steps, "keeping": keeping, **found}
+
+
+def _replaced(prepared: Prepared) -> set[str]:
+    return {prepared.stored_names[name] for name in prepared.plan.quantised if name in prepared.stored_names}
+
+
+def _block(prepared: Prepared, sizes: Sizes, rates: Rates, samples: int, seqlen: int) -> tuple[float, float, float]:
+    """Seconds of one block's (forward passes, start, steps)."""
+    recipe = prepared.job.recipe
+    hidden: int = prepared.skeleton.model.get_input_embeddings().weight.shape[1]
+    per_step = min(recipe.batch_size * recipe.gradient_accumulate_steps, samples)
+    held = max(1, round(recipe.heldout * samples)) if recipe.heldout else samples
+    searching = recipe.start != "plain"
+    products = sizes.parameters + ATTENTION_SHARE * 2 * seqlen * hidden  # of one token
+    passes = rates.forward * seqlen * products * ((CHAINS + searching) * samples + LOSSES * held)
+    steps = recipe.iters * (per_step * seqlen * products * rates.step + sizes.weights * rates.sweep)
+    starts = sizes.weights * rates.searched
+    if searching:
+        starts += rates.forward * seqlen * samples * sum(shared.inputs**2 for shared in sizes.shared)
+    if recipe.start == "compensated":
+        starts += sizes.weights * rates.ordered
+        for shared in sizes.shared:
+            starts += rates.factored * shared.inputs**3 + rates.forward * shared.inputs * sum(shared.weights) / 2
+    return passes, starts, steps
+
+
+def _checking(prepared: Prepared, rates: Rates, checked: Checked, weights: int, source: int, outputs: int) -> float:
+    """Both chains through all blocks from the codes; then, if it will be opened, the whole model and a sentence."""
+    parameters: int = sum(p.numel() for p in prepared.skeleton.model.parameters())
+    found = CHAINS * checked.positions * parameters * rates.forward + weights * rates.restored + source * rates.read
+    if checked.opened:
+        found += outputs * rates.read + weights * rates.packed
+        found += checked.positions * parameters * rates.forward + SENTENCE_TOKENS * parameters * rates.lone
+    return found
