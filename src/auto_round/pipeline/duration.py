@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from auto_round.pipeline.finishing import CHECKS, HELD
 from auto_round.pipeline.gate import SENTENCE_TOKENS, Checked
 from auto_round.pipeline.job import Prepared
 from auto_round.pipeline.needs import Sizes, all_sizes
@@ -34,6 +35,8 @@ def seconds(
     )
     # Every weight is read to be examined, then with its block.
     reading = weights * rates.examined + source * (rates.source + rates.read)
+    if prepared.job.recipe.finish_iters:
+        found["finishing"] = _finishing(prepared, rates, samples, seqlen, weights)
     return {"passes": passes + reading, "starts": starts, "steps": steps, "keeping": keeping, **found}
 
 
@@ -59,6 +62,17 @@ def _block(prepared: Prepared, sizes: Sizes, rates: Rates, samples: int, seqlen:
         for shared in sizes.shared:
             starts += rates.factored * shared.inputs**3 + rates.forward * shared.inputs * sum(shared.weights) / 2
     return passes, starts, steps
+
+
+def _finishing(prepared: Prepared, rates: Rates, samples: int, seqlen: int, weights: int) -> float:
+    """The original once on all samples; in each step all blocks forwards and backwards, each weight from its codes."""
+    recipe = prepared.job.recipe
+    parameters: int = sum(p.numel() for p in prepared.skeleton.model.parameters())
+    per_step = min(recipe.batch_size * recipe.gradient_accumulate_steps, samples)
+    token = parameters * (rates.forward + rates.step)
+    tried = CHECKS * max(1, round(HELD * recipe.samples)) * seqlen * parameters * rates.forward
+    step = per_step * seqlen * token + 3 * weights * rates.restored
+    return recipe.samples * seqlen * parameters * rates.forward + tried + recipe.finish_iters * step
 
 
 def _checking(prepared: Prepared, rates: Rates, checked: Checked, weights: int, source: int, outputs: int) -> float:

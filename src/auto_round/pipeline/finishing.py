@@ -18,6 +18,7 @@ from auto_round.calibrate.dataset import CalibrationSet
 from auto_round.calibrate.front import Walk, behind_blocks
 from auto_round.errors import AutoRoundError
 from auto_round.pipeline.job import Prepared
+from auto_round.pipeline.needs import LOGITS
 from auto_round.qtensor import QTensor, QuantTensor
 from auto_round.runtime.device import peak_device_bytes, peak_resident_bytes
 from auto_round.runtime.events import BlockStats, Listener
@@ -29,7 +30,6 @@ FINISHED = "finished"  # the journal's title for layers with the scales of this 
 STATE = "finishing"
 CHECKS = 8  # times that the held-out samples are looked at, and the state is kept
 HELD = 0.0625  # share of the samples that is held out
-LOGITS = 1 << 26  # logits at once
 
 
 def finish(prepared: Prepared, journal: Journal, data: CalibrationSet, settings: Walk, listener: Listener) -> None:

@@ -24,7 +24,7 @@ def forecast(prepared: Prepared, saving: Saving, target: Path, seqlen: int) -> F
     """Foresee a run into `target`. seqlen: tokens of a sample as the model takes them. Nothing is written but a trial
     of the disk, and no weight is read."""
     job, plan = prepared.job, prepared.plan
-    calibrated = bool(job.recipe.iters) or job.recipe.start != "plain"
+    calibrated = bool(job.recipe.iters or job.recipe.finish_iters) or job.recipe.start != "plain"
     samples = job.recipe.nsamples if calibrated else 0
     wanted = needs(prepared, samples, seqlen)
     problems = [sentence] if (sentence := too_much(wanted, job)) else []

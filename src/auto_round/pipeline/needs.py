@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +12,7 @@ from auto_round.numerics.compensate import ROWS
 from auto_round.pipeline.job import Job, Prepared
 from auto_round.runtime.memory import available_bytes, resident_bytes
 from auto_round.source.checkpoint import DTYPES
+from auto_round.spec.scheme import Scheme
 from auto_round.tune.alone import ELEMENTS
 
 # The three below fit what was measured on SmolLM2-135M and an 8B Llama (docs/safety.md has the figures).
@@ -22,6 +23,9 @@ OVERHEAD = 60_000_000
 ALONE_COPIES = 10
 # float32 tensors of the size of a weight while its compensated start is made: itself, in order, its codes, shifted.
 START_COPIES = 4
+LOGITS = 1 << 26  # at once while scales learn
+LOGIT_COPIES = 6  # float32 tensors of the logits at hand: both models', their logarithms, exponentials, gradients
+SCALE_BYTES = 24  # of each group while scales learn: scale, multiplier, gradient, two moments, the best so far
 LINEAR_COPIES = 2  # inputs and outputs of Linears in a backward pass: what was saved, and its gradient
 HIDDEN_COPIES = 10  # float32 hidden states that a block's norms and sums keep for its backward pass
 
@@ -177,7 +181,12 @@ def _needs(prepared: Prepared, samples: int, seqlen: int, micro: int, *, on_disk
         kept_there = activations if not on_disk and not kept_here else 0
         memory["loading"] = base + copied + kept_here + (0 if there else outside)
         memory["tuning"] = base + kept_here + stored + (0 if there else tuning)
-        device = max(outside, tuning) + kept_there
+        finishing = _finishing(prepared, blocks, micro, seqlen) if job.recipe.finish_iters else 0
+        if finishing:
+            share = job.recipe.samples / samples
+            kept_here, kept_there = round(kept_here * share), round(kept_there * share)
+            memory["finishing"] = base + kept_here + copied + (0 if there else finishing)
+        device = max(outside, tuning, finishing) + kept_there
     else:
         rounding = max((2 * sizes.weights for sizes in blocks), default=0) + 2 * largest * 4
         memory["rounding"] = base + rounding + (0 if there else sliced)
@@ -192,10 +201,33 @@ def _tuning(sizes: Sizes, job: Job, tokens: int, hidden: int) -> int:
     """
     width = job.dtype.itemsize
     block = sizes.parameters * width
-    per_token = LINEAR_COPIES * sizes.features * width + HIDDEN_COPIES * hidden * 4
     state, codes = 8 * sizes.weights, sizes.weights  # W and V in float32; the best codes so far, a byte each
-    steps = state + codes + max(sizes.weights * width + tokens * per_token, codes)
+    steps = state + codes + max(sizes.weights * width + tokens * _per_token(sizes, width, hidden), codes)
     return block + max(steps, _starting(sizes) if job.recipe.start == "compensated" else 0)
+
+
+def _finishing(prepared: Prepared, blocks: Sequence[Sizes], micro: int, seqlen: int) -> int:
+    """Peak bytes of learning all scales together: all that lies outside the blocks, one block with its gradients, what
+    enters each block, the scales' state, and the logits of a part of the tokens."""
+    width = prepared.job.dtype.itemsize
+    vocabulary, hidden = (int(size) for size in prepared.skeleton.model.get_input_embeddings().weight.shape)
+    groups = sum(
+        layer.out_features * layer.scheme.group_count(layer.in_features)
+        for layer in prepared.plan.quantised.values()
+        if isinstance(layer.scheme, Scheme)
+    )
+    tokens = micro * seqlen
+    largest = max(
+        sizes.parameters * width + sizes.weights * width + tokens * _per_token(sizes, width, hidden) for sizes in blocks
+    )
+    logits = LOGIT_COPIES * 4 * min(LOGITS, tokens * vocabulary)
+    states = (len(blocks) + 1) * tokens * hidden * width
+    return sum(outside_bytes(prepared, prepared.job.dtype)) + SCALE_BYTES * groups + states + max(largest, logits)
+
+
+def _per_token(sizes: Sizes, width: int, hidden: int) -> int:
+    """Bytes that a backward pass keeps of one token."""
+    return LINEAR_COPIES * sizes.features * width + HIDDEN_COPIES * hidden * 4
 
 
 def _starting(sizes: Sizes) -> int:
