@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from auto_round.errors import AutoRoundError
-from auto_round.numerics.compensate import compensated_codes, compensation, offsets_for
+from auto_round.numerics import compensate
+from auto_round.numerics.compensate import compensated_codes, compensation, descended, offsets_for
 from auto_round.numerics.groups import expand_groups, from_groups, to_groups
 from auto_round.numerics.integer import asym_grid, asym_range, fake_quantise, quantise, storable, sym_anchor
 from auto_round.numerics.search import search_asym, search_sym
@@ -96,6 +97,51 @@ def test_compensation_lowers_the_output_error(layer: tuple[Tensor, Tensor]) -> N
     nearest = quantise(weight, None, scale, zero, 7)
     codes = compensated_codes(weight, scale, zero, 1, 7, compensation(moment))
     assert output_error(codes) < 0.7 * output_error(nearest)
+
+
+def plain_descent(
+    weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, max_code: int, moment: Tensor, order: Tensor
+) -> Tensor:
+    """One pass of coordinate descent in float64, the error's whole gradient computed anew for every column."""
+    codes = codes.double()
+    for column in order.tolist():
+        rounded = scale.double() * (codes - zero)
+        pull = ((weight - rounded) @ moment)[:, column]
+        ideal = rounded[:, column] + pull / moment[column, column]
+        codes[:, column] = ((ideal / scale[:, column]).round() + zero[:, column]).clamp(0, max_code)
+    return codes.float()
+
+
+def test_blocked_descent_is_the_textbook_loop(layer: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, moment = layer
+    known = compensation(moment)
+    scale, zero = torch.full((OUT, IN), -0.8), torch.full((OUT, IN), 2.0)
+    begin = quantise(weight, None, scale, zero, 3)
+    damped = moment.double() + 0.01 * float(moment.diagonal().mean()) * torch.eye(IN).double()
+    expected = begin
+    for _ in range(compensate.SWEEPS):
+        expected = plain_descent(weight, expected, scale, zero, 3, damped, known.order)
+    for columns, rows in ((128, 1024), (32, 40)):
+        monkeypatch.setattr(compensate, "COLUMNS", columns)
+        monkeypatch.setattr(compensate, "ROWS", rows)
+        found = descended(weight, begin.clone(), scale, zero, 1, 3, compensation(moment))
+        assert (found == expected).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_descent_lowers_the_error_that_compensation_leaves(layer: tuple[Tensor, Tensor], bits: int) -> None:
+    weight, moment = layer
+    max_code, known = 2**bits - 1, compensation(moment)
+    scale = search_sym(to_groups(weight, WIDTH), torch.ones(3, WIDTH), bits)[..., 0]
+    zero = torch.full_like(scale, 2.0 ** (bits - 1))
+
+    def output_error(codes: Tensor) -> float:
+        rounded = expand_groups(scale, WIDTH, IN) * (codes - 2 ** (bits - 1))
+        return float((((weight - rounded) @ moment) * (weight - rounded)).sum())
+
+    codes = compensated_codes(weight, scale, zero, WIDTH, max_code, known)
+    before = output_error(codes)
+    assert output_error(descended(weight, codes, scale, zero, WIDTH, max_code, known)) < 0.97 * before
 
 
 def test_offsets_reproduce_the_codes(layer: tuple[Tensor, Tensor]) -> None:

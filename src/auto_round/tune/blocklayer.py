@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from auto_round.numerics.compensate import Compensation, compensated_codes, offsets_for
+from auto_round.numerics.compensate import Compensation, compensated_codes, descended, offsets_for
 from auto_round.numerics.integer import fake_quantise, gradients, quantise
 from auto_round.numerics.kpack import pack_blocks
 from auto_round.numerics.kquant import CHUNK, Grid, half, plain_grid, search_grid, to_fields
@@ -120,6 +120,7 @@ class BlockLayer:
         zero = torch.full_like(scale, float(self.scheme.zero))
         shifted = (self.weight + low).flatten(1)
         codes = compensated_codes(shifted, scale, zero, self.scheme.width, self.scheme.max_code, known)
+        codes = descended(shifted, codes, scale, zero, self.scheme.width, self.scheme.max_code, known)
         for rows in self._chunks():
             level = codes[rows].view_as(self.weight[rows])
             self.offset[rows] = offsets_for(self.weight[rows] + low[rows], level, step[rows], self._zero)

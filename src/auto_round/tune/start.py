@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from auto_round.numerics.compensate import Compensation, compensated_codes, compensation, offsets_for
+from auto_round.numerics.compensate import Compensation, compensated_codes, compensation, descended, offsets_for
 from auto_round.numerics.groups import expand_groups, to_groups
 from auto_round.numerics.integer import asym_grid, asym_range, storable, sym_anchor
 from auto_round.numerics.search import search_asym, search_sym
@@ -97,6 +97,7 @@ def make_start(weight: Tensor, scheme: Scheme, kind: str, inputs: Inputs | None)
         return Start(scale, zero, None)
     scales, zeros = scale[..., 0], zero[..., 0]
     offset = compensated_codes(weight, scales, zeros, width, scheme.max_code, inputs.compensation)
+    offset = descended(weight, offset, scales, zeros, width, scheme.max_code, inputs.compensation)
     for begin in range(0, len(weight), rows := max(1, ROW_CHUNK // in_features)):
         part = slice(begin, begin + rows)
         steps, shifts = (expand_groups(values[part], width, in_features) for values in (scales, zeros))
