@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -193,8 +193,9 @@ def _samples(result: Quantised) -> Tensor | None:
     return torch.stack(rows) if rows and seqlen > 1 else None
 
 
-def _block_by_block(result: Quantised, tokens: Tensor) -> tuple[Tensor, Tally, list[float]] | None:
-    """Logits (n * (tokens - 1), vocabulary) of the original, the result's distance, each block's relative error."""
+def _block_by_block(result: Quantised, tokens: Tensor) -> tuple[list[Tensor], Tally, list[float]] | None:
+    """Logits (tokens - 1, vocabulary) of the original for each sample, the result's distance, each block's relative
+    error."""
     prepared, job = result.prepared, result.job
     settings = Walk(
         batch_size=len(tokens),
@@ -217,28 +218,28 @@ def _block_by_block(result: Quantised, tokens: Tensor) -> tuple[Tensor, Tally, l
     assert quantised is not None
     errors.append(_relative_error(quantised, original))
     with behind_blocks(prepared.skeleton, prepared.blocks, job.dtype, job.device):
-        reference = _logits(prepared, tokens, original)
-        if len(reference) != len(_targets(tokens)):
+        reference = list(_logits(prepared, tokens, original))
+        if len(reference[0]) != tokens.shape[1] - 1:
             return None
         head = prepared.skeleton.model.get_output_embeddings()
         for name in prepared.outside:
             if prepared.skeleton.model.get_submodule(name) is head:
                 head.weight.data.copy_(result.tensor(name).dequantize())
-        logits = _logits(prepared, tokens, quantised)
-    return reference, tally(reference, logits, _targets(tokens)), errors
+        found = _distance(reference, _logits(prepared, tokens, quantised), tokens)
+    return reference, found, errors
 
 
-def _opened(name: str, folder: Path, result: Quantised, tokens: Tensor, reference: Tensor) -> Finding:
+def _opened(name: str, folder: Path, result: Quantised, tokens: Tensor, reference: list[Tensor]) -> Finding:
     """Open a folder as users do, and compare."""
     job, tokenizer = result.job, result.source.tokenizer
     model = result.prepared.skeleton.auto_class.from_pretrained(
         folder, dtype=job.dtype, device_map=str(job.device), trust_remote_code=job.trust_remote_code
     )
     with torch.no_grad():
-        rows = [model(input_ids=row[None].to(job.device), use_cache=False).logits[0, :-1] for row in tokens]
-    found = _finding(name, tally(reference, torch.cat(rows), _targets(tokens)))
+        rows = (model(input_ids=row[None].to(job.device), use_cache=False).logits[0, :-1] for row in tokens)
+        found = _finding(name, _distance(reference, rows, tokens))
     sentence = greedy(model, tokenizer, PROMPT, SENTENCE_TOKENS) if tokenizer is not None else ""
-    del model, rows
+    del model, rows  # the generator holds the model
     gc.collect()  # a model's modules refer to each other
     release_cached(job.device)
     return replace(found, sentence=sentence)
@@ -255,19 +256,22 @@ def _why_not_opened(folder: Path, needed: int, budget: int) -> str | None:
     return None
 
 
-@torch.no_grad()
-def _logits(prepared: Prepared, tokens: Tensor, hidden: Tensor) -> Tensor:
-    """(n * (tokens - 1), vocabulary): what the original model makes of the last block's output."""
+def _logits(prepared: Prepared, tokens: Tensor, hidden: Tensor) -> Iterator[Tensor]:
+    """What the original model makes of the last block's output, sample by sample: (tokens - 1, vocabulary)."""
     device = prepared.job.device
-    rows = [
-        logits_of(prepared.skeleton.model, prepared.blocks, tokens[i : i + 1].to(device), hidden[i : i + 1].to(device))
-        for i in range(len(tokens))
-    ]
-    return torch.cat([row[0, :-1] for row in rows])
+    for i in range(len(tokens)):
+        ids, states = tokens[i : i + 1].to(device), hidden[i : i + 1].to(device)
+        with torch.no_grad():
+            logits = logits_of(prepared.skeleton.model, prepared.blocks, ids, states)
+        yield logits[0, :-1]
 
 
-def _targets(tokens: Tensor) -> Tensor:
-    return tokens[:, 1:].reshape(-1)
+def _distance(reference: Sequence[Tensor], logits: Iterator[Tensor], tokens: Tensor) -> Tally:
+    """Add up all samples; the logits of one are alive beside the reference's."""
+    total = Tally()
+    for expected, found, row in zip(reference, logits, tokens, strict=True):
+        total += tally(expected, found, row[1:])
+    return total
 
 
 def _relative_error(found: Tensor, expected: Tensor) -> float:
