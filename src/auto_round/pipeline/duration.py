@@ -8,9 +8,8 @@ from auto_round.pipeline.finishing import CHECKS, HELD
 from auto_round.pipeline.gate import SENTENCE_TOKENS, Checked
 from auto_round.pipeline.job import Prepared
 from auto_round.pipeline.needs import Sizes, all_sizes
-from auto_round.pipeline.timing import Rates
+from auto_round.pipeline.timing import ATTENTION_SHARE, Rates
 
-ATTENTION_SHARE = 0.75  # of all pairs of tokens: causal attention needs half, kernels do more
 LOSSES = 5  # passes over the held-out samples in one block: plain, start, and the candidates
 CHAINS = 2  # the original's activations and the quantised model's
 
@@ -51,9 +50,10 @@ def _block(prepared: Prepared, sizes: Sizes, rates: Rates, samples: int, seqlen:
     per_step = min(recipe.batch_size * recipe.gradient_accumulate_steps, samples)
     held = max(1, round(recipe.heldout * samples)) if recipe.heldout else samples
     searching = recipe.start != "plain"
-    products = sizes.parameters + ATTENTION_SHARE * 2 * seqlen * hidden  # of one token
-    passes = rates.forward * seqlen * products * ((CHAINS + searching) * samples + LOSSES * held)
-    steps = recipe.iters * (per_step * seqlen * products * rates.step + sizes.weights * rates.sweep)
+    products = rates.forward * (sizes.parameters + ATTENTION_SHARE * 2 * seqlen * hidden)  # of one token
+    once, step = products + rates.around * sizes.features, 3 * products + rates.around_step * sizes.features
+    passes = seqlen * once * ((CHAINS + searching) * samples + LOSSES * held)
+    steps = recipe.iters * (per_step * seqlen * step + sizes.weights * rates.sweep)
     starts = sizes.weights * rates.searched
     if searching:
         starts += rates.forward * seqlen * samples * sum(shared.inputs**2 for shared in sizes.shared)
@@ -69,7 +69,8 @@ def _finishing(prepared: Prepared, rates: Rates, samples: int, seqlen: int, weig
     recipe = prepared.job.recipe
     parameters: int = sum(p.numel() for p in prepared.skeleton.model.parameters())
     per_step = min(recipe.batch_size * recipe.gradient_accumulate_steps, samples)
-    token = parameters * (rates.forward + rates.step)
+    features = sum(sizes.features for sizes in all_sizes(prepared))
+    token = 4 * parameters * rates.forward + features * (rates.around + rates.around_step)
     tried = CHECKS * max(1, round(HELD * recipe.samples)) * seqlen * parameters * rates.forward
     step = per_step * seqlen * token + 3 * weights * rates.restored
     return recipe.samples * seqlen * parameters * rates.forward + tried + recipe.finish_iters * step

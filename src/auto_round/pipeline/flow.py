@@ -123,8 +123,9 @@ def sample_tokens_of(prepared: Prepared) -> int:
 def foresee(job: Job, saving: Saving, target: Path) -> Forecast:
     """The forecast of a run into `target`, which need not be there; nothing is kept. A problem is no error here."""
     with tempfile.TemporaryDirectory(prefix="auto-round-") as scratch:
+        begin = time.perf_counter()
         prepared = prepare(job, saving.formats, Path(scratch))
-        return forecast(prepared, saving, target, sample_tokens_of(prepared))
+        return forecast(prepared, saving, target, sample_tokens_of(prepared), time.perf_counter() - begin)
 
 
 def calibrate(prepared: Prepared, listener: Listener) -> CalibrationSet:

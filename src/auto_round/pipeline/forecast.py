@@ -20,9 +20,9 @@ from auto_round.spec.fusions import broken_fusions
 from auto_round.spec.plan import LayerPlan
 
 
-def forecast(prepared: Prepared, saving: Saving, target: Path, seqlen: int) -> Forecast:
-    """Foresee a run into `target`. seqlen: tokens of a sample as the model takes them. Nothing is written but a trial
-    of the disk, and no weight is read."""
+def forecast(prepared: Prepared, saving: Saving, target: Path, seqlen: int, opening: float) -> Forecast:
+    """Foresee a run into `target`. seqlen: tokens of a sample as the model takes them. opening: seconds it took to open
+    and plan the model. Nothing is written but a trial of the disk, and few weights are read."""
     job, plan = prepared.job, prepared.plan
     calibrated = bool(job.recipe.iters or job.recipe.finish_iters) or job.recipe.start != "plain"
     samples = job.recipe.nsamples if calibrated else 0
@@ -55,7 +55,11 @@ def forecast(prepared: Prepared, saving: Saving, target: Path, seqlen: int) -> F
         memory_free_bytes=budget_bytes(job),
         activations="on disk" if wanted.on_disk else "in memory",
         samples_per_forward=wanted.samples_per_forward,
-        seconds=seconds(prepared, rates, samples, seqlen, outputs, checked),
+        seconds={
+            # The end gate has transformers open a model once more.
+            "opening": opening * (2 if checked and checked.opened else 1),
+            **seconds(prepared, rates, samples, seqlen, outputs, checked),
+        },
         device=str(job.device),
         compute_dtype=str(job.dtype).removeprefix("torch."),
         problems=(*problems, *_problems(prepared, seqlen, calibrated)),

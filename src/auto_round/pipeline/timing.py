@@ -27,8 +27,10 @@ from auto_round.tune.start import Inputs, inputs_from
 from auto_round.tune.starting import start_layer
 
 WIDTH = 1024  # inputs of what is tried: then a weight and what belongs to it lie in no cache, as in a run
-FEW, MANY = 16, 512  # tokens
+FEW, MANY = 16, 256  # tokens
 STEPS = 4
+HEAD = 64
+ATTENTION_SHARE = 0.75  # of all pairs of tokens: causal attention needs half, kernels do more
 ROWS, TALL = 512, 4096  # rows of a weight that is started, and of one that is rounded and packed
 DISK_BYTES = 64_000_000
 PIECES = 8  # places of the source that are read
@@ -38,17 +40,20 @@ PIECES = 8  # places of the source that are read
 class Rates:
     """Seconds for one of each.
 
-    forward: one multiplication and addition of a forward pass; step: the same of a step (three passes). sweep: one
-    weight in a step, whatever the tokens; lone: one weight in the forward pass of one token. examined, searched,
-    ordered, rounded: one weight looked at for NaN, started by range search, given codes column by column (without the
-    products of whole matrices, which go at `forward`), rounded alone. factored: one value of in^3 of an input's moment.
+    forward: one multiplication and addition of a forward pass, of which a step takes three. around: what a forward pass
+    does besides (norms, activations, heads), for one input or output of a Linear and one token; around_step: the same
+    of a step. sweep: one weight in a step, whatever the tokens; lone: one weight in the forward pass of one token.
+    examined, searched, ordered, rounded: one weight looked at for NaN, started by range search, given codes column by
+    column (without the products of whole matrices, which go at `forward`), rounded alone. factored: one value of in^3
+    of an input's moment.
     kept: one weight packed, hashed and written to the journal. restored: one weight read from there as floats. packed:
     one weight taken from the journal, encoded, decoded and compared with the journal's. written, read: one byte of a
     file made durable, and of a file just written. source: one byte of the original model.
     """
 
     forward: float
-    step: float
+    around: float
+    around_step: float
     sweep: float
     lone: float
     examined: float
@@ -67,9 +72,7 @@ class Rates:
 def measure(job: Job, scheme: Scheme, folder: Path, source: Iterable[TensorEntry]) -> Rates:
     """Try everything once, in a second or a few. folder: where the run will write; source: tensors it will read."""
     forward, lone = _forward(job, MANY), _forward(job, 1)
-    few, many = (_step(job, scheme, tokens, forward) for tokens in (FEW, MANY))
-    weights = 2 * WIDTH * WIDTH
-    step = max((many - few) / (weights * (MANY - FEW)), forward)
+    around, around_step, sweep = _trial(job, scheme, forward)
     written, read = _disk(folder)
     searched, ordered, factored = _start(job, scheme, forward)
     weight = _weight(TALL).to(torch.bfloat16)
@@ -84,8 +87,9 @@ def measure(job: Job, scheme: Scheme, folder: Path, source: Iterable[TensorEntry
         packed = _seconds(job, lambda: _there_and_back(journal), 1) / count
     return Rates(
         forward=forward,
-        step=step,
-        sweep=max(few / weights - FEW * step, 0.0),
+        around=around,
+        around_step=around_step,
+        sweep=sweep,
         lone=lone,
         examined=examined,
         searched=searched,
@@ -112,19 +116,56 @@ def _forward(job: Job, tokens: int) -> float:
         return _seconds(job, lambda: linear(inputs)) / (tokens * WIDTH * TALL)
 
 
-def _step(job: Job, scheme: Scheme, tokens: int, forward: float) -> float:
-    """Seconds of one step of a block of two Linears (WIDTH x WIDTH) on one sample of `tokens`.
+class _Block(nn.Module):
+    """What the blocks of most models are made of: (1, tokens, WIDTH) to the same shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
+        self.gate, self.up, self.down = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x = self._norm(hidden)
+        q, k, v = (part(x).unflatten(-1, (-1, HEAD)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        q, k = (part * 0.6 + torch.cat([-part[..., HEAD // 2 :], part[..., : HEAD // 2]], -1) * 0.8 for part in (q, k))
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        hidden = hidden + self.o(attended.transpose(1, 2).flatten(2))
+        x = self._norm(hidden)
+        output: Tensor = hidden + self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        return output
+
+    @staticmethod
+    def _norm(hidden: Tensor) -> Tensor:
+        x = hidden.float()
+        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)).to(hidden.dtype)
+
+
+def _trial(job: Job, scheme: Scheme, forward: float) -> tuple[float, float, float]:
+    """Seconds of (what is around the products of a forward pass, of a step, the sweep); see `Rates`."""
+    block = _Block().to(job.device, job.dtype).requires_grad_(False)
+    linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+    weights, features = len(linears) * WIDTH**2, len(linears) * 2 * WIDTH
+    (fast, few), (slow, many) = (_passes(job, scheme, block, linears, tokens) for tokens in (FEW, MANY))
+    products = forward * (weights + ATTENTION_SHARE * 2 * MANY * WIDTH)
+    around = max((slow - fast) / (MANY - FEW) - products, 0.0) / features
+    token = (many - few) / (MANY - FEW)
+    around_step = max(token - 3 * products, around * features) / features
+    return around, around_step, max(few - FEW * token, 0.0) / weights
+
+
+def _passes(
+    job: Job, scheme: Scheme, block: nn.Module, linears: dict[str, nn.Linear], tokens: int
+) -> tuple[float, float]:
+    """Seconds of one forward pass and of one step of a block on one sample of `tokens`.
 
     What goes before the steps, and the trials of the codes between them, are taken off.
     """
-    block = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.SiLU(), nn.Linear(WIDTH, WIDTH, bias=False))
-    block.to(job.device, job.dtype).requires_grad_(False)
-    linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
     inputs = torch.randn(1, tokens, WIDTH, generator=torch.Generator().manual_seed(0)).to(job.device, job.dtype)
     weights = {name: _weight(WIDTH) for name in linears}
     task = BlockTask(lambda hidden, _: block(hidden), linears, weights, dict.fromkeys(linears, scheme))
     with torch.no_grad():
         targets = block(inputs)
+        once = _seconds(job, lambda: block(inputs))
     recipe = replace(
         job.recipe, iters=STEPS, batch_size=1, gradient_accumulate_steps=1, enable_torch_compile=False, start="plain"
     )
@@ -133,9 +174,9 @@ def _step(job: Job, scheme: Scheme, tokens: int, forward: float) -> float:
         data = Activations(inputs, targets, None)
         tune_block(task, data, replace(recipe, iters=iters), generator_for(0, "timing"), job.device, lambda *_: None)
 
-    trials = len({round(share * STEPS) for share in CHECKPOINTS}) * forward * tokens * 2 * WIDTH * WIDTH
+    trials = len({round(share * STEPS) for share in CHECKPOINTS}) * once
     taken = _seconds(job, lambda: tuned(STEPS)) - _seconds(job, lambda: tuned(0)) - trials
-    return max(taken, 0.0) / STEPS
+    return once, max(taken, 0.0) / STEPS
 
 
 def _start(job: Job, scheme: Scheme, forward: float) -> tuple[float, float, float]:
