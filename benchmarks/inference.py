@@ -58,14 +58,14 @@ def cases(model: Path, work: Path, args: argparse.Namespace) -> list[Case]:
     ]
     if args.peer:
         rows.append(Case("auto-round 0.16.1 with ARK, 4 bits", folders[4], args.peer))
+    if args.llama and args.gguf:
+        rows.append(Case(f"llama.cpp {args.gguf.name}", args.gguf, args.llama, ("--kind", "llama")))
     rows += [
         Case("native 4 bits, compiled", folders[4], here, ("--compile",)),
         Case("native 4 bits, 8-bit head, compiled", folders[4], here, (*eight, "--compile")),
         Case("native 4 bits, AVX2 alone", folders[4], here, ("--isa", str(INSTRUCTION_SETS.index("AVX2")))),
         Case("torch_reference 4 bits", folders[4], here, ("--backend", "torch", "--new_tokens", "4")),
     ]
-    if args.llama and args.gguf:
-        rows.append(Case(f"llama.cpp {args.gguf.name}", args.gguf, args.llama, ("--kind", "llama")))
     if args.small:
         rows.append(Case(f"{args.small.name}, bfloat16", args.small, here))
         rows.append(Case(f"{args.small.name}, native 4 bits", quantised(args.small, work, 4), here))

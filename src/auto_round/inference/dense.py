@@ -22,9 +22,10 @@ class DenseLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        alone = x.numel() == self.in_features and x.device.type == self.weight.device.type == "cpu"
-        trained = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if not alone or trained or not x.dtype == self.weight.dtype == torch.bfloat16:
+        tensors = [x, self.weight] + ([] if self.bias is None else [self.bias])
+        fits = all(t.dtype is torch.bfloat16 and t.device.type == "cpu" for t in tensors)
+        alone = x.shape[-1] == x.numel() == self.in_features
+        if not fits or not alone or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
             return super().forward(x)
         multiply = operator_dense if torch.compiler.is_compiling() else native_dense
         return multiply(x, self.weight, self.bias)
