@@ -76,22 +76,140 @@ FIXES: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_embds_dim": (16, 48), "axial_pos_shape": (16, 16)},
-    "step3p7": {"sliding_window": 16},
+    "step3p5": {"sliding_window": 16},
     "xmod": {"default_language": "en_XX"},
-    "zamba2": {"n_mamba_heads": 8, "mamba_headdim": 16},
+    "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32},
+    "zamba2": {"n_mamba_heads": 8, "mamba_headdim": 16, "attention_hidden_size": 128, "attention_head_dim": 32},
+}
+
+# Arguments by model type for configs that derive fields from others when they are made. The rest is shrunk as ever.
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+TEXT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+LATENT: dict[str, Any] = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+GEMMA4: dict[str, Any] = {
+    **TEXT,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": VOCABULARY,
+}
+DOTS3: dict[str, Any] = {
+    **TEXT,
+    **LATENT,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 4,
+    "index_head_dim": 16,
+    "num_hidden_layers": 4,
+    **{f"swa_{name}": value for name, value in LATENT.items()},
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4,
+    "swa_head_dim": 16,
+}
+INKLING2: dict[str, Any] = {
+    **TEXT,
+    "unpadded_vocab_size": 100,
+    "moe_intermediate_size": 64,
+    "head_dim": 16,
+    "swa_num_key_value_heads": 2,
+    "swa_num_attention_heads": 4,
+    "swa_head_dim": 16,
+}
+INKLING: dict[str, Any] = {**INKLING2, "unpadded_vocab_size": None}
+QWEN4: dict[str, Any] = {
+    **TEXT,
+    "head_dim": 16,
+    "num_hidden_layers": 4,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+    "hc_lowrank": 16,
+}
+ZAMBA: dict[str, Any] = {**TEXT, "num_hidden_layers": 5, "num_key_value_heads": 4}
+GIVEN: dict[str, dict[str, Any]] = {
+    "blt": {
+        "vocab_size": VOCABULARY,
+        "encoder_hash_byte_group_vocab": 50,
+        "patcher_config": TEXT,
+        "encoder_config": {**TEXT, "hidden_size_global": HIDDEN},
+        "decoder_config": {**TEXT, "hidden_size_global": HIDDEN},
+        "global_config": {name: value for name, value in TEXT.items() if name != "vocab_size"},
+    },
+    "cohere_compass": {"text_config": {**TEXT, "rope_parameters": {"full_attention": ROPE}}},
+    "cohere_compass_text": {**TEXT, "rope_parameters": {"full_attention": ROPE}},
+    "dbrx": {
+        "d_model": HIDDEN,
+        "n_heads": 4,
+        "n_layers": 2,
+        "vocab_size": VOCABULARY,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 96},
+    },
+    "dory": {**TEXT, "num_hidden_layers": 4, "n_input_layers": 1, "n_output_layers": 1, "n_recurrent_layers": 2},
+    "dots3_note": {
+        "text_config": DOTS3,
+        "vision_config": {"adapter_out_dim": HIDDEN},
+        "audio_config": {"adapter_out_dim": HIDDEN},
+    },
+    "dots3_note_text": DOTS3,
+    "gemma3n_text": {
+        **TEXT,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "gemma4": {"text_config": GEMMA4},
+    "gemma4_text": GEMMA4,
+    "gemma4_unified": {"text_config": GEMMA4},
+    "gemma4_unified_text": GEMMA4,
+    "inkling2": {"text_config": INKLING2, "vision_config": {"text_hidden_size": HIDDEN}},
+    "inkling2_text": INKLING2,
+    "inkling2_loop": {"text_config": INKLING2, "vision_config": {"text_hidden_size": HIDDEN}},
+    "inkling2_loop_text": INKLING2,
+    "inkling_text": INKLING,
+    "lfm2_moe": {**TEXT, "layer_types": ["conv", "full_attention"]},
+    "mistral4": {**TEXT, **LATENT, "num_key_value_heads": 4},
+    "modernbert-decoder": {**TEXT, "layer_types": ["full_attention", "sliding_attention"]},
+    "qwen4_exp": {"text_config": QWEN4},
+    "qwen4_exp_text": QWEN4,
+    "xlnet": {"d_model": HIDDEN, "n_layer": 2, "n_head": 4, "d_inner": 96, "vocab_size": VOCABULARY},
+    "xlstm": {"hidden_size": HIDDEN, "num_blocks": 2, "num_heads": 4, "vocab_size": VOCABULARY, "chunk_size": 16},
+    "zamba": {**ZAMBA, "layers_block_type": ["linear_attention", "hybrid"] * 2 + ["linear_attention"]},
+    "zamba2": {**ZAMBA, "layers_block_type": ["linear_attention", "hybrid"] * 2 + ["linear_attention"]},
 }
 
 
 def shrink(config: PretrainedConfig) -> PretrainedConfig:
     """Make every size in `config` and its sub-configs small, in place, and return it."""
+    given = GIVEN.get(getattr(config, "model_type", ""), {})
     for name, value in list(vars(config).items()):
         if isinstance(value, PretrainedConfig):
             shrink(value)
-        elif isinstance(value, int) and not isinstance(value, bool):
+        elif isinstance(value, int) and not isinstance(value, bool) and name not in given:
             new = _size(name, value)
             if new != value:
                 _set(config, name, new)
-    _lists(config)
+    if not given:
+        _lists(config)
     _token_ids(config)
     _attention(config)
     for name, value in FIXES.get(getattr(config, "model_type", ""), {}).items():
@@ -152,17 +270,19 @@ def _attention(config: PretrainedConfig) -> None:
         _set(config, "num_key_value_heads", given.get("num_attention_heads", 4))
     if "head_dim" in given and given["head_dim"] is None:
         _set(config, "head_dim", 16)
-    rotary = int(16 * (given.get("partial_rotary_factor") or 1)) // 2
+    parameters = given.get("rope_parameters") or {}
+    factor = given.get("partial_rotary_factor") or parameters.get("partial_rotary_factor") or 1
+    rotary = int(16 * factor) // 2
     third = rotary // 4
     for values in (vars(config).get("rope_scaling"), vars(config).get("rope_parameters")):
         for inner in (values, *(values.values() if isinstance(values, dict) else ())):
             if isinstance(inner, dict) and (inner is values or "mrope_section" in inner):
-                inner["mrope_section"] = [rotary - 2 * third, third, third]
+                inner["mrope_section"] = [third, third, rotary - 2 * third]
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:
     """The default config of `model_type`, small."""
-    return shrink(CONFIG_MAPPING[model_type]())
+    return shrink(CONFIG_MAPPING[model_type](**GIVEN.get(model_type, {})))
 
 
 def tiny_model(model_type: str, task: str) -> nn.Module:
