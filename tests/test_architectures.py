@@ -6,6 +6,7 @@ benchmarks/architectures.py does the same for every architecture that transforme
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from auto_round import AutoRound
 from auto_round.errors import SpecError
 from auto_round.load import fused_of
+from auto_round.pipeline import runner
 from auto_round.spec.plan import Plan
+from auto_round.tune.block import BlockTask, TunedBlock, tune_block
 
 TOKENS = torch.randint(3, 90, (6, 20), generator=torch.Generator().manual_seed(0))
 SMALL: dict[str, Any] = {
@@ -226,6 +229,32 @@ def test_experts_that_no_token_reaches_are_counted(tmp_path: Path, caplog: pytes
     assert (
         f"{sum(block.unreached for block in report.blocks)} layers were reached by no calibration token" in caplog.text
     )
+
+
+class Counting:
+    """Tunes blocks with room for `moment_bytes` of moments and counts how often they are run."""
+
+    def __init__(self, moment_bytes: int | None) -> None:
+        self.moment_bytes, self.runs, self.tune = moment_bytes, 0, tune_block
+
+    def __call__(self, task: BlockTask, *rest: Any) -> TunedBlock:
+        def run(hidden: Tensor, rows: Tensor) -> Tensor:
+            self.runs += 1
+            return task.run(hidden, rows)
+
+        return self.tune(replace(task, run=run), *rest, moment_bytes=self.moment_bytes)
+
+
+def test_moments_gathered_one_at_a_time_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny(CONFIGS["qwen3_moe"]).save_pretrained(tmp_path / "plain")
+    found = {}
+    for name, counting in {"whole": Counting(None), "lots": Counting(1)}.items():
+        monkeypatch.setattr(runner, "tune_block", counting)
+        found[name] = tune(tmp_path / "plain", tmp_path / name), counting.runs
+    (whole, fewest), (lots, most) = found["whole"], found["lots"]
+    assert all(torch.equal(lots.weights[name], weight) for name, weight in whole.weights.items())
+    # Moments of q, k, v, of o, and two of each of 4 experts: 9 more rounds of 3 batches in each of 2 blocks.
+    assert most - fewest == 9 * 3 * 2
 
 
 def test_lists_of_blocks_can_be_named(tmp_path: Path) -> None:

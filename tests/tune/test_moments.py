@@ -27,3 +27,30 @@ def test_moments_are_shared_and_forgotten_when_taken() -> None:
     assert moments.reached("q")
     assert moments.take("unreached") is None
     assert not moments.reached("unreached")
+
+
+def test_moments_without_room_are_left_for_another_round() -> None:
+    linears = {name: nn.Linear(8, 4) for name in ("q", "k", "o", "p")}
+    first, second = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+
+    def gathered(names: list[str], room: int | None) -> Moments:
+        with Moments({name: linears[name] for name in names}, room) as moments:
+            for tokens in (first, second):
+                moments.next_batch(None)
+                shared, other, last = tokens.clone(), tokens + 1, tokens + 2
+                for name, inputs in (("q", shared), ("k", shared), ("o", other), ("p", last)):
+                    linears[name](inputs)
+        return moments
+
+    whole = gathered(list(linears), None)
+    assert whole.left() == []
+    expected = {name: whole.take(name) for name in ("q", "o", "p")}
+    for room, rounds in ((1, [["q", "k"], ["o"], ["p"]]), (2 * 4 * 64, [["q", "k", "o"], ["p"]])):
+        pending = list(linears)
+        for names in rounds:
+            moments = gathered(pending, room)
+            pending = moments.left()
+            assert [name for shared in moments.shared() for name in shared] == names
+            for owner in {moments.owner(name) for name in names}:
+                torch.testing.assert_close(moments.take(owner), expected[owner], rtol=0, atol=0)
+        assert pending == []

@@ -14,6 +14,7 @@ from auto_round.runtime.memory import available_bytes, resident_bytes
 from auto_round.source.checkpoint import DTYPES
 from auto_round.spec.scheme import Scheme
 from auto_round.tune.alone import ELEMENTS
+from auto_round.tune.block import STATE_BYTES
 
 # The three below fit what was measured on SmolLM2-135M and an 8B Llama (docs/safety.md has the figures).
 # Resident memory a process reaches over what it has when it plans: the linear algebra library's buffers, the slack of
@@ -201,7 +202,7 @@ def _tuning(sizes: Sizes, job: Job, tokens: int, hidden: int) -> int:
     """
     width = job.dtype.itemsize
     block = sizes.parameters * width
-    state, codes = 8 * sizes.weights, sizes.weights  # W and V in float32; the best codes so far, a byte each
+    state, codes = STATE_BYTES * sizes.weights, sizes.weights  # the best codes so far, a byte each
     steps = state + codes + max(sizes.weights * width + tokens * _per_token(sizes, width, hidden), codes)
     return block + max(steps, _starting(sizes) if job.recipe.start == "compensated" else 0)
 
@@ -231,16 +232,35 @@ def _per_token(sizes: Sizes, width: int, hidden: int) -> int:
 
 
 def _starting(sizes: Sizes) -> int:
-    """Peak bytes of the compensated start beside its block: moments go as layers come."""
-    moments, layers, peak = sum(4 * shared.inputs**2 for shared in sizes.shared), 0, 0
-    for shared in sizes.shared:
-        factor = 4 * shared.inputs**2
-        peak = max(peak, layers + moments + factor + 8 * ROWS * shared.inputs)
-        moments -= factor
-        for weights in shared.weights:
-            peak = max(peak, layers + moments + factor + 4 * START_COPIES * weights)
-            layers += 8 * weights
+    """Peak bytes of the compensated start beside its block: moments go as layers come.
+
+    Moments that would take more than the layers' state are gathered in lots (see `tune_block`).
+    """
+    layers, peak = 0, 0
+    for lot in _lots(sizes.shared, STATE_BYTES * sizes.weights):
+        moments = sum(4 * shared.inputs**2 for shared in lot)
+        for shared in lot:
+            factor = 4 * shared.inputs**2
+            peak = max(peak, layers + moments + factor + 8 * ROWS * shared.inputs)
+            moments -= factor
+            for weights in shared.weights:
+                peak = max(peak, layers + moments + factor + 4 * START_COPIES * weights)
+                layers += STATE_BYTES * weights
     return peak
+
+
+def _lots(all_shared: Sequence[Shared], room: int) -> list[list[Shared]]:
+    """Cut into lots whose moments fit into `room` bytes, at least one each."""
+    lots: list[list[Shared]] = []
+    held = 0
+    for shared in all_shared:
+        moment = 4 * shared.inputs**2
+        if not lots or held + moment > room:
+            lots.append([])
+            held = 0
+        lots[-1].append(shared)
+        held += moment
+    return lots
 
 
 def all_sizes(prepared: Prepared) -> list[Sizes]:

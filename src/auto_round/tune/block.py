@@ -19,6 +19,7 @@ from auto_round.tune.starting import Layer, start_layer
 
 # Shares of the steps after which the codes are tried on the held-out samples; the last are the likely winners.
 CHECKPOINTS = (0.5, 0.75, 1.0)
+STATE_BYTES = 8  # of each weight while it is tuned: W and V in float32
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,14 @@ def tune_block(
     generator: torch.Generator,
     device: torch.device,
     on_step: Callable[[int, float], None],
+    *,
+    moment_bytes: int | None = None,
 ) -> TunedBlock:
     """Choose codes for every Linear of a block.
 
     on_step is told (iteration, training loss) now and then. The Linears' weights are left at the tuned values.
+    moment_bytes: of second moments at once, at least one; as many as W and V will take when None. What does not fit
+    (many experts with many inputs each) is gathered by running the block again, with the same result.
     Raises AutoRoundError naming the layer when a weight or an activation is not finite.
     """
     count = activations.inputs.shape[0]
@@ -102,7 +107,8 @@ def tune_block(
     unreached: tuple[str, ...] = ()
     loss_plain = loss_start = loss()
     if recipe.start != "plain":
-        layers, unreached = _start_layers(task, activations, recipe, device)
+        room = moment_bytes or STATE_BYTES * sum(weight.numel() for weight in task.weights.values())
+        layers, unreached = _start_layers(task, activations, recipe, device, room)
         _write(task, layers)
         loss_start = loss()
     best, best_loss, kept = _snapshot(layers), loss_start, 0
@@ -154,26 +160,43 @@ def _plain_layers(task: BlockTask, device: torch.device, *, keep: bool) -> dict[
 
 @torch.no_grad()
 def _start_layers(
-    task: BlockTask, activations: Activations, recipe: Recipe, device: torch.device
+    task: BlockTask, activations: Activations, recipe: Recipe, device: torch.device, room: int
 ) -> tuple[dict[str, Layer], tuple[str, ...]]:
     """The layers at the start of `recipe`, and the names of those that no token reached.
 
-    A moment is freed as soon as the layers that share it have started.
+    A moment is freed as soon as the layers that share it have started; `room` bytes of them are there at once.
     """
     for name, linear in task.linears.items():
         linear.weight.data.copy_(task.weights[name])
-    with Moments(task.linears) as moments:
+    layers: dict[str, Layer] = {}
+    unreached: set[str] = set()
+    pending = list(task.linears)
+    while pending:
+        moments = _moments({name: task.linears[name] for name in pending}, room, task, activations, recipe, device)
+        unreached |= {name for name in pending if not moments.reached(name)} - set(moments.left())
+        for names in moments.shared():
+            with _naming(names[0]):
+                known = inputs_from(moments.take(names[0]), recipe.start)
+            layers.update({name: _start(task, name, recipe.start, known, device) for name in names})
+        pending = moments.left()
+    return {name: layers[name] for name in task.linears}, tuple(name for name in task.linears if name in unreached)
+
+
+def _moments(
+    linears: Mapping[str, nn.Linear],
+    room: int,
+    task: BlockTask,
+    activations: Activations,
+    recipe: Recipe,
+    device: torch.device,
+) -> Moments:
+    """Second moments of the inputs of `linears` over all samples, as many as `room` bytes hold."""
+    with Moments(linears, room) as moments:
         for batch in torch.arange(activations.inputs.shape[0]).split(recipe.batch_size):
             inputs, _, mask = activations.pick(batch, device)
             moments.next_batch(mask)
             task.run(inputs, batch)
-    layers = {}
-    for names in moments.shared():
-        with _naming(names[0]):
-            known = inputs_from(moments.take(names[0]), recipe.start)
-        layers.update({name: _start(task, name, recipe.start, known, device) for name in names})
-    unreached = tuple(name for name in task.linears if not moments.reached(name))
-    return {name: layers[name] for name in task.linears}, unreached
+    return moments
 
 
 def _start(task: BlockTask, name: str, kind: str, inputs: Inputs | None, device: torch.device) -> Layer:

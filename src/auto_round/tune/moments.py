@@ -12,12 +12,16 @@ from torch import Tensor, nn
 class Moments:
     """Mean of x x^T over the tokens each Linear sees, as a context around the block's forward passes.
 
-    Linears that read the very same tensor (q, k, v; gate, up) share one sum. Set `mask` before each forward.
+    Linears that read the very same tensor (q, k, v; gate, up) share one sum. Set `mask` before each forward. Sums take
+    at most `room` bytes, but one is always taken; those that found no room are `left` for another round of the same
+    forward passes. None: as many as there are.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
+    def __init__(self, linears: Mapping[str, nn.Linear], room: int | None = None) -> None:
         self.mask: Tensor | None = None
         self._linears = linears
+        self._room = room
+        self._left: set[str] = set()
         self._owner: dict[str, str] = {}
         self._sums: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
@@ -51,10 +55,17 @@ class Moments:
         """True when a token came to the layer."""
         return bool(self._tokens.get(self.owner(name)))
 
+    def left(self) -> list[str]:
+        """Linears whose moment found no room."""
+        return [name for name in self._linears if self.owner(name) in self._left]
+
     def shared(self) -> list[list[str]]:
-        """Linears that share one moment, in lists; those with most inputs first, whose start takes most memory."""
+        """Linears that share one moment, in lists; those with most inputs first, whose start takes most memory.
+
+        Those that are left are not among them.
+        """
         lists: dict[str, list[str]] = {}
-        for name in self._linears:
+        for name in (name for name in self._linears if self.owner(name) not in self._left):
             lists.setdefault(self.owner(name), []).append(name)
         return sorted(lists.values(), key=lambda names: -self._linears[names[0]].in_features)
 
@@ -73,6 +84,9 @@ class Moments:
             return
         self._owner[name] = name
         self._seen.append((inputs, name))
+        if name in self._left or (name not in self._sums and not self._fits(inputs.shape[-1])):
+            self._left.add(name)
+            return
         rows = inputs[self.mask] if self.mask is not None and inputs.shape[:-1] == self.mask.shape else inputs
         rows = rows.reshape(-1, rows.shape[-1]).float()
         if name not in self._sums:
@@ -80,3 +94,7 @@ class Moments:
             self._tokens[name] = 0
         self._sums[name].addmm_(rows.t(), rows)
         self._tokens[name] += rows.shape[0]
+
+    def _fits(self, width: int) -> bool:
+        held = sum(total.numel() for total in self._sums.values())
+        return self._room is None or not self._sums or 4 * (held + width**2) <= self._room
