@@ -85,7 +85,7 @@ def _compressed(held: Held) -> str | None:
     def packed(layer: LayerPlan) -> str | None:
         if layer.scheme is None or layer.scheme.sym:
             return _ragged(layer)
-        return f"{layer.name}: asymmetric files need CompressedTensorsConfig(dequantize=True), a fault of its 0.20"
+        return f"{layer.name}: asymmetric files need CompressedTensorsConfig(dequantize=True), a fault of 0.18 to 0.20"
 
     return _first(held, packed)
 
