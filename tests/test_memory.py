@@ -13,12 +13,19 @@ from tests.conftest import tiny_llama, tiny_tokenizer
 CHILD = """
 import sys
 from auto_round import AutoRound
-settings = dict(iters=1, nsamples=4, seqlen=32, batch_size=4, dataset=["the quick brown fox. " * 8] * 4, device="cpu",
-                compute_dtype="float32")
-foreseen = AutoRound(sys.argv[1], **settings).plan(sys.argv[2]).peak_bytes
-report = AutoRound(sys.argv[1], **settings).quantize_and_save(sys.argv[2], enable_check=False)
-print(foreseen, report.peak_rss_bytes)
+tuner = AutoRound(sys.argv[1], iters=1, nsamples=4, seqlen=32, batch_size=4, device="cpu", compute_dtype="float32",
+                  dataset=["the quick brown fox. " * 8] * 4)
+if sys.argv[2:]:
+    print(tuner.quantize_and_save(sys.argv[2], enable_check=False).peak_rss_bytes)
+else:
+    print(max(tuner.plan("nowhere").memory[stage] for stage in ("loading", "tuning", "saving")))
 """
+
+
+def child(*words: object) -> int:
+    """What a process of its own prints: the plan's trials of the machine take memory too."""
+    command = [sys.executable, "-c", CHILD, *map(str, words)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
 def peaks(folder: Path, blocks: int, inner: int = 3072) -> tuple[int, int]:
@@ -32,9 +39,7 @@ def peaks(folder: Path, blocks: int, inner: int = 3072) -> tuple[int, int]:
         head_dim=64,
     ).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    words = [sys.executable, "-c", CHILD, str(folder), str(folder / "out")]
-    foreseen, measured = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[-2:]
-    return int(foreseen), int(measured)
+    return child(folder), child(folder, folder / "out")
 
 
 @pytest.mark.slow
