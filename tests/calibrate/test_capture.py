@@ -12,7 +12,9 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     FalconConfig,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GPTNeoXConfig,
     OPTConfig,
     Phi3Config,
@@ -29,6 +31,8 @@ from auto_round.source.skeleton import Skeleton
 CPU = torch.device("cpu")
 SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 128}
 WIDE = {**SMALL, "intermediate_size": 96, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}
+WIDE_4 = {**WIDE, "num_hidden_layers": 4, "vocab_size_per_layer_input": 128, "sliding_window": 8}
+SHARED = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
 CONFIGS = {
     "opt": OPTConfig(**SMALL, ffn_dim=96, word_embed_proj_dim=64, max_position_embeddings=64),
     "gpt_neox": GPTNeoXConfig(**SMALL, intermediate_size=96, max_position_embeddings=64),
@@ -39,6 +43,9 @@ CONFIGS = {
     "phi3": Phi3Config(**{k: v for k, v in WIDE.items() if k != "head_dim"}),
     # Six layers with a window of 8: sliding and full attention get different masks and rotary tables.
     "gemma3": Gemma3TextConfig(**{**WIDE, "num_hidden_layers": 6}, sliding_window=8, max_position_embeddings=64),
+    # The last two layers read keys and values that the first two left for them.
+    "gemma4": Gemma4TextConfig(**WIDE_4, **SHARED, hidden_size_per_layer_input=16, global_head_dim=32),
+    "gemma3n": Gemma3nTextConfig(**WIDE_4, **SHARED, hidden_size_per_layer_input=16, laurel_rank=8),
 }
 
 

@@ -6,14 +6,17 @@ is that of one block and of (blocks + 1) hidden states of the samples at hand, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from auto_round.calibrate.capture import logits_of
 from auto_round.calibrate.front import Front, Walk, store
+from auto_round.calibrate.handed import Left
 from auto_round.source.blocks import linears_in
 from auto_round.source.skeleton import Skeleton
 
@@ -42,27 +45,38 @@ class Chain:
         self.entering = self._front.hidden(tokens, beside)
         self.final = store(self.entering.shape, self.entering.dtype, settings, "final").copy_(self.entering)
         batches = torch.arange(len(tokens)).split(settings.batch_size)
+        left = Left("left", len(tokens), settings)
+        self._handed: MutableMapping[Any, Any] = {}
         for index in range(len(block_names)):
             with torch.no_grad(), self._block(index, skeleton.weight) as module:
                 if module is None:
                     continue
                 for rows in batches:
-                    output = self._run(index, module, self.final[rows].to(settings.device), rows)
+                    handed = left.view(rows)
+                    output = self._run(index, module, self.final[rows].to(settings.device), rows, handed)
+                    left.keep(handed)
                     self.final[rows] = output.to(self.final.device)
 
     @torch.no_grad()
     def forward(self, rows: Tensor, weight: ReadWeight) -> list[Tensor]:
         """What enters each block, and last what leaves the last one, for the samples `rows` int64."""
         states = [self.entering[rows].to(self._settings.device)]
+        self._handed = UserDict()
         for index in range(len(self._names)):
             with self._block(index, weight) as module:
-                states.append(states[-1] if module is None else self._run(index, module, states[-1], rows))
+                states.append(
+                    states[-1] if module is None else self._run(index, module, states[-1], rows, self._handed)
+                )
         return states
 
     def backward(
         self, rows: Tensor, states: list[Tensor], grad: Tensor, weight: ReadWeight, take: TakeGradient
     ) -> None:
-        """Pass dL/d(last state) back through all blocks; `take` is given dL/dW' of each Linear. `states` is emptied."""
+        """Pass dL/d(last state) back through all blocks; `take` is given dL/dW' of each Linear. `states` is emptied.
+
+        To be called after `forward` of the same samples. What blocks leave for later ones beside the hidden states
+        (keys and values that layers share) counts as fixed.
+        """
         states.pop()
         for index in reversed(range(len(self._names))):
             entering = states.pop().requires_grad_(True)
@@ -72,7 +86,7 @@ class Chain:
                 linears = linears_in(module, self._names[index] + ".")
                 for linear in linears.values():
                     linear.weight.requires_grad_(True)
-                self._run(index, module, entering, rows).backward(grad)
+                self._run(index, module, entering, rows, self._handed).backward(grad)
                 assert entering.grad is not None
                 grad = entering.grad
                 for name, linear in linears.items():
@@ -87,8 +101,10 @@ class Chain:
         ids = self._tokens[rows, tokens].to(self._settings.device)
         return logits_of(self._skeleton.model, self._names, ids, hidden[:, tokens])
 
-    def _run(self, index: int, module: nn.Module, hidden: Tensor, rows: Tensor) -> Tensor:
-        call = self._front.call(rows, index)
+    def _run(
+        self, index: int, module: nn.Module, hidden: Tensor, rows: Tensor, handed: MutableMapping[Any, Any]
+    ) -> Tensor:
+        call = self._front.call(rows, index, handed)
         output = module(self._front.as_the_block_wants(hidden), *call.args, **call.kwargs)
         return self._front.as_we_keep(output[0] if isinstance(output, (tuple, list)) else output)
 

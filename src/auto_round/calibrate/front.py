@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,8 +122,11 @@ class Front:
         """True when the model runs block number `block` on such samples."""
         return all(calls[block] is not None for calls in self._calls.values())
 
-    def call(self, rows: Tensor, block: int) -> BlockCall:
-        """How the model calls block number `block` for the samples `rows`, int64 indices."""
+    def call(self, rows: Tensor, block: int, handed: MutableMapping[Any, Any]) -> BlockCall:
+        """How the model calls block number `block` for the samples `rows`, int64 indices.
+
+        handed: stands for the empty mapping in which a model's blocks leave values for later ones, if it has one.
+        """
         flat = self._calls[len(rows)][block]
         assert flat is not None
         leaves, spec = flat
@@ -134,6 +137,7 @@ class Front:
                 stored = self._follows[place]
                 picked = stored.index_select(place.dim, rows.to(stored.device))
                 leaves[place.leaf] = picked.to(self._settings.device)
+        leaves = [handed if isinstance(leaf, MutableMapping) and not leaf else leaf for leaf in leaves]
         args, kwargs = tree_unflatten(leaves, spec)
         return BlockCall(args, kwargs)
 

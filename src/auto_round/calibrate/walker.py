@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from auto_round.calibrate.capture import inputs_of
 from auto_round.calibrate.front import Front, Walk, collated, outside_blocks, store
+from auto_round.calibrate.handed import Left
 from auto_round.source.blocks import linears_in
 from auto_round.source.skeleton import Skeleton
 
@@ -50,6 +51,8 @@ def walk(
     """
     front = Front(skeleton, block_names, settings)
     original = front.hidden(tokens, beside)
+    left = Left("left", len(tokens), settings)
+    left_quantised = Left("left-quantised", len(tokens), settings) if settings.quantised_inputs else left
     quantised = _copy(original, settings, "quantised") if settings.quantised_inputs else original
     for index, name in enumerate(block_names):
         module = skeleton.model.get_submodule(name)
@@ -58,14 +61,14 @@ def walk(
             continue
         skeleton.load(module, name, settings.dtype, settings.device)
         forward: Callable[..., Any] = torch.compile(module, dynamic=False) if settings.compile else module
-        run = _runner(forward, front, index)
+        run = _runner(forward, front, index, left_quantised)
         inputs = quantised
         # Without a chain of its own the original's output is the next input: two stores take turns.
         targets = original if settings.quantised_inputs else _copy(original, settings, f"targets-{index % 2}")
-        _forward(run, original, targets, settings)
+        _forward(_runner(forward, front, index, left, keep=True), original, targets, settings)
         yield LoadedBlock(index, name, module, run, linears_in(module, name + "."), inputs, targets)
         if settings.quantised_inputs:
-            _forward(run, quantised, quantised, settings)
+            _forward(_runner(forward, front, index, left_quantised, keep=True), quantised, quantised, settings)
         else:
             original = quantised = targets
         skeleton.free(module, name)
@@ -102,10 +105,15 @@ def _copy(original: Tensor, settings: Walk, name: str) -> Tensor:
     return store(original.shape, original.dtype, settings, name).copy_(original)
 
 
-def _runner(forward: Callable[..., Any], front: Front, index: int) -> Run:
+def _runner(forward: Callable[..., Any], front: Front, index: int, left: Left, *, keep: bool = False) -> Run:
+    """left: what earlier blocks left for later ones in the chain; keep: take over what this block leaves."""
+
     def run(hidden: Tensor, rows: Tensor) -> Tensor:
-        call = front.call(rows, index)
+        handed = left.view(rows)
+        call = front.call(rows, index, handed)
         output = forward(front.as_the_block_wants(hidden), *call.args, **call.kwargs)
+        if keep:
+            left.keep(handed)
         states: Tensor = output[0] if isinstance(output, (tuple, list)) else output
         return front.as_we_keep(states)
 

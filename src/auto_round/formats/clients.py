@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from auto_round.formats.gguf.mixing import FILE_TYPES
-from auto_round.spec.fusions import broken_fusions
+from auto_round.spec.fusions import EXPERT, broken_fusions
 from auto_round.spec.plan import LayerPlan, Plan
 
 MARLIN_GROUPS = (-1, 32, 64, 128)
@@ -69,16 +69,22 @@ def _ours(held: Held) -> str | None:
     return None
 
 
+def _experts(held: Held) -> str | None:
+    """Transformers 5 keeps a layer's experts in one tensor; its own readers replace Linears alone."""
+    expert = next((name for name in held.plan.quantised if EXPERT.match(name)), None)
+    return f"{expert}: it keeps experts in one tensor, which this reader leaves random" if expert else None
+
+
 def _transformers(held: Held) -> str | None:
     if held.format != "auto_gptq":
-        return None
+        return _experts(held)
     blocks = tuple(f"{name}." for name in held.plan.block_lists)
     outside = [name for name in held.plan.quantised if not name.startswith(blocks)]
     if outside:
         return f"{outside[0]}: its GPTQ reader converts the blocks only"
     if len({layer.scheme for layer in held.plan.quantised.values()}) > 1:
         return "its GPTQ reader drops the rules of single layers"
-    return _gptqmodel(held)
+    return _experts(held) or _gptqmodel(held)
 
 
 def _compressed(held: Held) -> str | None:
@@ -87,7 +93,7 @@ def _compressed(held: Held) -> str | None:
             return _ragged(layer)
         return f"{layer.name}: asymmetric files need CompressedTensorsConfig(dequantize=True), a fault of 0.18 to 0.20"
 
-    return _first(held, packed)
+    return _experts(held) or _first(held, packed)
 
 
 def _gptqmodel(held: Held) -> str | None:
