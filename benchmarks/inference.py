@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from auto_round.inference.kernels.native import INSTRUCTION_SETS, Library, libra
 CASE = Path(__file__).with_name("inference_case.py")
 BITS = (4, 2, 3, 8)
 LONGEST_SECONDS = 240
+# Each thread stays on a core of its own: where others run too, both may otherwise share one and wait for each other.
+BOUND = {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"}
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,9 @@ def measure(case: Case) -> dict[str, Any]:
     words = [str(case.python), *apart, str(CASE), str(case.folder), *case.words]
     row: dict[str, Any] = {"name": case.name}
     try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=LONGEST_SECONDS)
+        done = subprocess.run(
+            words, capture_output=True, text=True, check=False, timeout=LONGEST_SECONDS, env=os.environ | BOUND
+        )
     except subprocess.TimeoutExpired:
         return row | {"error": f"not done after {LONGEST_SECONDS} s"}
     if done.returncode:

@@ -20,7 +20,14 @@ import torch
 from benchmarks.inference import machine
 from torch.nn.functional import linear
 
-from auto_round.inference.kernels.native import INSTRUCTION_SETS, Library, library, native_linear, operator_linear
+from auto_round.inference.kernels.native import (
+    INSTRUCTION_SETS,
+    Library,
+    library,
+    native_dense,
+    native_linear,
+    operator_linear,
+)
 from auto_round.inference.kernels.tiles import Tiles
 from auto_round.qtensor import QTensor
 from auto_round.spec.scheme import Scheme
@@ -87,6 +94,7 @@ def head_rows() -> list[dict[str, Any]]:
     dense, eight = torch.randn(HEAD, dtype=torch.bfloat16), packed(*HEAD, 8)
     work = {
         "head, torch bfloat16": (dense.nbytes, partial(linear, x, dense)),
+        "head, native bfloat16": (dense.nbytes, partial(native_dense, x, dense, None)),
         "head, native 8 bits": (eight.codes.nbytes + eight.scales.nbytes, partial(native_linear, x, eight, None)),
     }
     rows = []

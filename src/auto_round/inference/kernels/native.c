@@ -351,6 +351,12 @@ INLINE TARGET_AVX512 void finish_512(const Segment *s, const __m512i *acc, float
     _mm512_storeu_ps(total + at, _mm512_fmadd_ps(value, _mm512_mul_ps(scale, _mm512_set1_ps(step)), _mm512_loadu_ps(total + at)));
 }
 
+/* As assembly: from the intrinsic, GCC copies every sum and keeps half of them in memory. */
+INLINE TARGET_AVX512 __m512i dpbusd_512(__m512i sums, __m512i codes, __m512i digits) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(codes), "v"(digits));
+    return sums;
+}
+
 /* `tokens` at once, each weight loaded once. */
 INLINE TARGET_AVX512 void
 dot_avx512(const Segment *s, const int8_t *digits, const int32_t *sums, const float *step, float *total, const int planes, const int tokens) {
@@ -364,8 +370,8 @@ dot_avx512(const Segment *s, const int8_t *digits, const int32_t *sums, const fl
         for (int t = 0; t < tokens; t++)
             for (int p = 0; p < planes; p++) {
                 const __m512i d = _mm512_set1_epi32(QUAD(digits + (t * planes + p) * s->padded, q));
-                acc[t][0][p] = _mm512_dpbusd_epi32(acc[t][0][p], low, d);
-                acc[t][1][p] = _mm512_dpbusd_epi32(acc[t][1][p], high, d);
+                acc[t][0][p] = dpbusd_512(acc[t][0][p], low, d);
+                acc[t][1][p] = dpbusd_512(acc[t][1][p], high, d);
             }
     }
     for (int t = 0; t < tokens; t++)
@@ -399,7 +405,7 @@ INLINE TARGET_AVX512 void lone_avx512(const Segment *s, const int8_t *digits, co
             for (int h = 0; h < 2; h++) {
                 const __m512i w = take_512(from + 64 * h, t, bits);
                 for (int p = 0; p < planes; p++)
-                    acc[t & 1][h][p] = _mm512_dpbusd_epi32(acc[t & 1][h][p], w, _mm512_set1_epi32(QUAD(digits + p * s->padded, q + t)));
+                    acc[t & 1][h][p] = dpbusd_512(acc[t & 1][h][p], w, _mm512_set1_epi32(QUAD(digits + p * s->padded, q + t)));
             }
     for (int h = 0; h < 2; h++) {
         for (int p = 0; p < planes; p++) acc[0][h][p] = _mm512_add_epi32(acc[0][h][p], acc[1][h][p]);
