@@ -70,9 +70,9 @@ def _ours(held: Held) -> str | None:
 
 
 def _experts(held: Held) -> str | None:
-    """Transformers 5 keeps a layer's experts in one tensor; its own readers replace Linears alone."""
+    """Transformers 5 keeps a layer's experts in one tensor; readers that replace Linears alone cannot fill it."""
     expert = next((name for name in held.plan.quantised if EXPERT.match(name)), None)
-    return f"{expert}: it keeps experts in one tensor, which this reader leaves random" if expert else None
+    return f"{expert}: it keeps experts in one tensor, which this reader cannot fill" if expert else None
 
 
 def _transformers(held: Held) -> str | None:
@@ -93,7 +93,7 @@ def _compressed(held: Held) -> str | None:
             return _ragged(layer)
         return f"{layer.name}: asymmetric files need CompressedTensorsConfig(dequantize=True), a fault of 0.18 to 0.20"
 
-    return _experts(held) or _first(held, packed)
+    return _first(held, packed)
 
 
 def _gptqmodel(held: Held) -> str | None:
@@ -112,7 +112,7 @@ def _intel(held: Held) -> str | None:
     if held.format == "gptq_v2":
         return "it reads GPTQ v1 only"
     ragged = _first(held, _ragged)
-    return f"{ragged}: it would load random weights for that layer" if ragged else None
+    return f"{ragged}: it would load random weights for that layer" if ragged else _experts(held)
 
 
 def _server(held: Held) -> str | None:
