@@ -27,6 +27,7 @@ CASE = Path(__file__).with_name("inference_case.py")
 BITS = (4, 2, 3, 8)
 LONGEST_SECONDS = 240
 # Each thread stays on a core of its own: where others run too, both may otherwise share one and wait for each other.
+# Not for other environments: ARK brings an OpenMP of its own, and torch's is left with one core when both bind threads.
 BOUND = {"OMP_PROC_BIND": "close", "OMP_PLACES": "cores"}
 
 
@@ -77,12 +78,18 @@ def cases(model: Path, work: Path, args: argparse.Namespace) -> list[Case]:
 
 def measure(case: Case) -> dict[str, Any]:
     """Run one case; a failure is a result too."""
-    apart = [] if case.python == Path(sys.executable) else ["-E"]  # another environment must not see our PYTHONPATH
+    ours = case.python == Path(sys.executable)
+    apart = [] if ours else ["-E"]  # another environment must not see our PYTHONPATH
     words = [str(case.python), *apart, str(CASE), str(case.folder), *case.words]
     row: dict[str, Any] = {"name": case.name}
     try:
         done = subprocess.run(
-            words, capture_output=True, text=True, check=False, timeout=LONGEST_SECONDS, env=os.environ | BOUND
+            words,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=LONGEST_SECONDS,
+            env=os.environ | (BOUND if ours else {}),
         )
     except subprocess.TimeoutExpired:
         return row | {"error": f"not done after {LONGEST_SECONDS} s"}
