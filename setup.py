@@ -1,16 +1,18 @@
-"""The compiled part of the package; all else is in pyproject.toml. Without a C compiler it installs all the same."""
+"""The compiled parts of the package; all else is in pyproject.toml. Without a C compiler it installs all the same."""
 
 from setuptools import Extension, setup
 
-KERNELS = "auto_round.inference.kernels"
+
+def part(library: str, file: str, *flags: str) -> Extension:
+    """A library of plain C that is called through ctypes, beside its Python module."""
+    source = "/".join(["src", *library.split(".")[:-1], file])
+    return Extension(library, [source], extra_compile_args=["-O3", "-g0", *flags], optional=True)
+
 
 setup(
     ext_modules=[
-        Extension(
-            f"{KERNELS}._native",  # plain C, called through ctypes: see kernels/native.py
-            [f"src/{KERNELS.replace('.', '/')}/native.c"],
-            extra_compile_args=["-O3", "-g0"],
-            optional=True,
-        )
+        part("auto_round.inference.kernels._native", "native.c"),
+        # Rounded after every operation, as torch does it.
+        part("auto_round.numerics._passes", "passes.c", "-ffp-contract=off"),
     ]
 )

@@ -53,7 +53,7 @@ class Chain:
                     continue
                 for rows in batches:
                     handed = left.view(rows)
-                    output = self._run(index, module, self.final[rows].to(settings.device), rows, handed)
+                    output = self._front.run(module, index, self.final[rows].to(settings.device), rows, handed)
                     left.keep(handed)
                     self.final[rows] = output.to(self.final.device)
 
@@ -65,7 +65,7 @@ class Chain:
         for index in range(len(self._names)):
             with self._block(index, weight) as module:
                 states.append(
-                    states[-1] if module is None else self._run(index, module, states[-1], rows, self._handed)
+                    states[-1] if module is None else self._front.run(module, index, states[-1], rows, self._handed)
                 )
         return states
 
@@ -86,7 +86,7 @@ class Chain:
                 linears = linears_in(module, self._names[index] + ".")
                 for linear in linears.values():
                     linear.weight.requires_grad_(True)
-                self._run(index, module, entering, rows, self._handed).backward(grad)
+                self._front.run(module, index, entering, rows, self._handed).backward(grad)
                 assert entering.grad is not None
                 grad = entering.grad
                 for name, linear in linears.items():
@@ -100,13 +100,6 @@ class Chain:
         """
         ids = self._tokens[rows, tokens].to(self._settings.device)
         return logits_of(self._skeleton.model, self._names, ids, hidden[:, tokens])
-
-    def _run(
-        self, index: int, module: nn.Module, hidden: Tensor, rows: Tensor, handed: MutableMapping[Any, Any]
-    ) -> Tensor:
-        call = self._front.call(rows, index, handed)
-        output = module(self._front.as_the_block_wants(hidden), *call.args, **call.kwargs)
-        return self._front.as_we_keep(output[0] if isinstance(output, (tuple, list)) else output)
 
     @contextmanager
     def _block(self, index: int, weight: ReadWeight) -> Iterator[nn.Module | None]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from auto_round.calibrate.attention import BlockedAttention
 from auto_round.calibrate.capture import BlockCall, Captured, capture
 from auto_round.errors import SourceError
 from auto_round.source.skeleton import Skeleton
@@ -141,13 +142,23 @@ class Front:
         args, kwargs = tree_unflatten(leaves, spec)
         return BlockCall(args, kwargs)
 
-    def as_the_block_wants(self, hidden: Tensor) -> Tensor:
-        """(samples, tokens, ...) -> the order of dimensions in the model."""
-        return hidden.movedim((0, 1), self._order)
+    def run(
+        self,
+        forward: Callable[..., Any],
+        block: int,
+        hidden: Tensor,
+        rows: Tensor,
+        handed: MutableMapping[Any, Any],
+    ) -> Tensor:
+        """Hidden states (batch, tokens, ...) of the samples `rows` through block number `block`, the same shape again.
 
-    def as_we_keep(self, hidden: Tensor) -> Tensor:
-        """The inverse of `as_the_block_wants`."""
-        return hidden.movedim(self._order, (0, 1))
+        forward: the block's own, or compiled. handed: see `call`.
+        """
+        call = self.call(rows, block, handed)
+        with nullcontext() if self._settings.compile else BlockedAttention():
+            output = forward(hidden.movedim((0, 1), self._order), *call.args, **call.kwargs)
+        states: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+        return states.movedim(self._order, (0, 1))
 
 
 def _flat(call: BlockCall | None) -> tuple[list[Any], TreeSpec]:

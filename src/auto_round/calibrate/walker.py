@@ -110,12 +110,10 @@ def _runner(forward: Callable[..., Any], front: Front, index: int, left: Left, *
 
     def run(hidden: Tensor, rows: Tensor) -> Tensor:
         handed = left.view(rows)
-        call = front.call(rows, index, handed)
-        output = forward(front.as_the_block_wants(hidden), *call.args, **call.kwargs)
+        output = front.run(forward, index, hidden, rows, handed)
         if keep:
             left.keep(handed)
-        states: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-        return front.as_we_keep(states)
+        return output
 
     return run
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from auto_round.numerics.compensate import Compensation, compensated_codes, descended, offsets_for
-from auto_round.numerics.integer import fake_quantise, gradients, quantise
+from auto_round.numerics.integer import quantise
 from auto_round.numerics.kpack import pack_blocks
 from auto_round.numerics.kquant import CHUNK, Grid, half, plain_grid, search_grid, to_fields
+from auto_round.numerics.passes import Grids, build_weight, row_chunks, step_offsets
 from auto_round.qtensor import BlockTensor
 from auto_round.spec.blocks import BlockScheme
-from auto_round.tune.layer import ROW_CHUNK, SEARCHED_BOUNDS, require_finite
+from auto_round.tune.layer import SEARCHED_BOUNDS, require_finite
 from auto_round.tune.start import Inputs
 
 
@@ -51,13 +52,7 @@ class BlockLayer:
 
     def write_weight(self, out: Tensor) -> None:
         """Put W' into `out` (out, in), rounded to its dtype."""
-        grid = self.grid()
-        step, low = grid.step(), grid.low(self.scheme)
-        for rows in self._chunks():
-            fake = fake_quantise(
-                self.weight[rows] + low[rows], self.offset[rows], step[rows], self._zero, self.scheme.max_code
-            )
-            out[rows].copy_(fake.sub_(low[rows]).flatten(1))
+        build_weight(self._grouped(self.weight), self._grouped(self.offset), self._grids(self.grid()), out)
 
     def step(self, grad: Tensor, v_lr: float, range_lr: float) -> None:
         """Move V by v_lr and, unless it is 0, alpha and beta by range_lr, against the sign of their gradients.
@@ -65,27 +60,16 @@ class BlockLayer:
         grad: dL/dW' (out, in) in any float dtype.
         """
         grid = self.grid()
-        step, low = grid.step(), grid.low(self.scheme)
-        step_grads, low_grads = [], []
-        for rows in self._chunks():
-            offset_grad, step_grad, zero_grad = gradients(
-                self.weight[rows] + low[rows],
-                self.offset[rows],
-                step[rows],
-                self._zero,
-                self.scheme.max_code,
-                grad[rows].float().view_as(self.weight[rows]),
-            )
-            self.offset[rows].sub_(offset_grad.sign_(), alpha=v_lr)
-            step_grads.append(step_grad)
-            # W' = S * (q - zero) - M passes dM where it clamps only, which is the zero point's derivative over S.
-            low_grads.append(zero_grad / step[rows])
+        grids = self._grids(grid)
+        found = step_offsets(self._grouped(self.weight), self._grouped(self.offset), grids, grad, v_lr)
+        # W' = S * (q - zero) - M passes dM where it clamps only, which is the zero point's derivative over S.
+        step_grad, low_grad = (g.view(*self.weight.shape[:-1], 1) for g in (found[0], found[1] / grids.scale))
         if range_lr:
-            alpha = self._start.d * (grid.scales * torch.cat(step_grads)).sum(2, keepdim=True)
+            alpha = self._start.d * (grid.scales * step_grad).sum(2, keepdim=True)
             beta = torch.zeros_like(alpha)
             if self._start.m is not None:
                 sign = 1.0 if self.scheme.two_level else -1.0
-                beta = sign * self._start.m * (grid.mins * torch.cat(low_grads)).sum(2, keepdim=True)
+                beta = sign * self._start.m * (grid.mins * low_grad).sum(2, keepdim=True)
             self.multipliers.sub_(torch.stack([alpha, beta]).sign_(), alpha=range_lr).clamp_(*SEARCHED_BOUNDS)
 
     def qtensor(self) -> BlockTensor:
@@ -93,10 +77,19 @@ class BlockLayer:
         grid, scheme = self.grid(), self.scheme
         step, low = grid.step(), grid.low(scheme)
         codes = torch.empty_like(self.weight, dtype=torch.uint8)
-        for rows in self._chunks():
+        for rows in row_chunks(self.weight):
             shifted = self.weight[rows] + low[rows]
             codes[rows] = quantise(shifted, self.offset[rows], step[rows], self._zero, scheme.max_code).to(torch.uint8)
         return BlockTensor(pack_blocks(to_fields(grid, codes, scheme), scheme), scheme)
+
+    @staticmethod
+    def _grouped(values: Tensor) -> Tensor:
+        """(out, super-blocks, blocks, width) -> (out, groups, width), the same memory."""
+        return values.flatten(1, -2)
+
+    def _grids(self, grid: Grid) -> Grids:
+        step, low = self._grouped(grid.step()), self._grouped(grid.low(self.scheme))
+        return Grids(step, torch.full_like(step, float(self.scheme.zero)), self.scheme.max_code, low.expand_as(step))
 
     def _stored_m(self, m: Tensor) -> Tensor:
         return half(m) if self.scheme.two_level else m.half().float()
@@ -121,12 +114,6 @@ class BlockLayer:
         shifted = (self.weight + low).flatten(1)
         codes = compensated_codes(shifted, scale, zero, self.scheme.width, self.scheme.max_code, known)
         codes = descended(shifted, codes, scale, zero, self.scheme.width, self.scheme.max_code, known)
-        for rows in self._chunks():
+        for rows in row_chunks(self.weight):
             level = codes[rows].view_as(self.weight[rows])
             self.offset[rows] = offsets_for(self.weight[rows] + low[rows], level, step[rows], self._zero)
-
-    def _chunks(self) -> list[slice]:
-        """Row ranges of one elementwise pass, as in `TunedLayer`."""
-        rows, per_row = self.weight.shape[0], self.weight[0].numel()
-        size = rows if self.weight.device.type != "cpu" else max(1, ROW_CHUNK // per_row)
-        return [slice(begin, begin + size) for begin in range(0, rows, size)]

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from auto_round.errors import AutoRoundError
 from auto_round.numerics.groups import from_groups, to_groups
-from auto_round.numerics.integer import asym_grid, asym_range, fake_quantise, gradients, quantise, storable, sym_anchor
+from auto_round.numerics.integer import asym_grid, asym_range, quantise, storable, sym_anchor
+from auto_round.numerics.passes import Grids, build_weight, row_chunks, step_offsets
 from auto_round.qtensor import QTensor
 from auto_round.spec.scheme import Scheme
 from auto_round.tune.start import Start
-
-ROW_CHUNK = 1 << 17  # weights in one elementwise pass: what a core's cache holds of all its operands
 
 # Bounds of alpha and beta. Around the full range they may only shrink it; around a searched range they are free.
 PLAIN_BOUNDS = (0.0, 1.0)
@@ -61,10 +60,7 @@ class TunedLayer:
 
     def write_weight(self, out: Tensor) -> None:
         """Put W' into `out` (out, in), rounded to its dtype."""
-        scale, zero = self.grid()
-        for rows in self._chunks():
-            fake = fake_quantise(self.weight[rows], self.offset[rows], scale[rows], zero[rows], self.scheme.max_code)
-            out[rows].copy_(from_groups(fake, self.in_features))
+        build_weight(self.weight, self.offset, Grids(*self.grid(), self.scheme.max_code), out)
 
     def step(self, grad: Tensor, v_lr: float, range_lr: float) -> None:
         """Move V by v_lr and, unless it is 0, alpha and beta by range_lr, against the sign of their gradients.
@@ -72,17 +68,10 @@ class TunedLayer:
         grad: dL/dW' (out, in) in any float dtype.
         """
         scale, zero = self.grid()
-        scale_grads, zero_grads = [], []
-        for rows in self._chunks():
-            grouped = to_groups(grad[rows].float(), self.weight.shape[-1])
-            offset_grad, scale_grad, zero_grad = gradients(
-                self.weight[rows], self.offset[rows], scale[rows], zero[rows], self.scheme.max_code, grouped
-            )
-            self.offset[rows].sub_(offset_grad.sign_(), alpha=v_lr)
-            scale_grads.append(scale_grad)
-            zero_grads.append(zero_grad)
+        grids = Grids(scale, zero, self.scheme.max_code)
+        scale_grad, zero_grad = step_offsets(self.weight, self.offset, grids, grad, v_lr)
         if range_lr:
-            alpha_grad, beta_grad = self._range_gradients(torch.cat(scale_grads), torch.cat(zero_grads), scale)
+            alpha_grad, beta_grad = self._range_gradients(scale_grad, zero_grad, scale)
             self.multipliers.sub_(torch.stack([alpha_grad, beta_grad]).sign_(), alpha=range_lr).clamp_(*self._bounds)
 
     def _range_gradients(self, scale_grad: Tensor, zero_grad: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,14 +87,8 @@ class TunedLayer:
         """The codes, scales and zero points as they stand, on the layer's device."""
         scale, zero = self.grid()
         codes = torch.empty(self.weight.shape[0], self.in_features, dtype=torch.uint8, device=self.weight.device)
-        for rows in self._chunks():
+        for rows in row_chunks(self.weight):
             level = quantise(self.weight[rows], self.offset[rows], scale[rows], zero[rows], self.scheme.max_code)
             codes[rows] = from_groups(level, self.in_features).to(torch.uint8)
         zeros = None if self.scheme.sym else zero[..., 0].to(torch.uint8)
         return QTensor(codes, scale[..., 0].half(), zeros, self.scheme)
-
-    def _chunks(self) -> list[slice]:
-        """Row ranges of one elementwise pass; one on accelerators, whose launches cost more than their caches save."""
-        rows, per_row = self.weight.shape[0], self.weight[0].numel()
-        size = rows if self.weight.device.type != "cpu" else max(1, ROW_CHUNK // per_row)
-        return [slice(begin, begin + size) for begin in range(0, rows, size)]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import dataclass
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,13 @@ from torch.nn.functional import linear
 
 from auto_round.inference.base import Reason
 from auto_round.inference.kernels.tiles import Tiles
+from auto_round.runtime.compiled import REINSTALL, NotCompiledError, load_library
 from auto_round.spec.scheme import Scheme
 
 ABI = 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INSTRUCTION_SETS = ("plain C", "AVX2", "AVX-VNNI", "AVX-512 VNNI")
 BYTES_PER_THREAD = 1 << 14  # below this a second thread costs more than it saves
-REINSTALL = "pip install --force-reinstall --no-cache-dir --no-deps auto-round"
 
 
 @dataclass(frozen=True)
@@ -42,17 +41,10 @@ class Library:
 @functools.cache
 def library() -> Library | Reason:
     """Load the compiled kernel; the reason says why there is none and what to do."""
-    folder = Path(__file__).parent
-    file = next((f for suffix in EXTENSION_SUFFIXES if (f := folder / f"_native{suffix}").exists()), None)
-    if file is None:
-        fix = "install a C compiler (gcc or clang), then build it anew"
-        return Reason("the native kernel was not built when auto-round was installed", fix, REINSTALL)
     try:
-        loaded = ctypes.CDLL(str(file))
-    except OSError as error:
-        return Reason(f"the native kernel cannot be loaded ({error})", "build it anew", REINSTALL)
-    if loaded.auto_round_abi() != ABI:
-        return Reason("the native kernel was built from another version", "build it anew", REINSTALL)
+        loaded = load_library(Path(__file__).parent, "_native", "auto_round_abi", ABI)
+    except NotCompiledError as error:
+        return Reason(str(error), error.fix, REINSTALL)
     function = loaded.auto_round_linear
     function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 4 + [ctypes.c_int] * 4
     dense = loaded.auto_round_dense

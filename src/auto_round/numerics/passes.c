@@ -1,0 +1,186 @@
+/* The two elementwise passes of a tuning step over one Linear, each one read of its operands. The formulas, their sources
+   and the plain twins are in integer.py. A plain C ABI; needs neither Python nor torch.
+
+   Weights and offsets are float32 [row][group][width], a row's last group padded where `inputs` is no multiple of width;
+   scales, zero points, their gradients and what is added to a group's weights before, and taken away behind (`low`, or
+   NULL), float32 [row][group]; gradients of W' and W' itself [row][inputs], the first of
+   them `stride` values apart, float32 or bfloat16.
+
+   Every value is rounded as torch rounds it, so codes and offsets are the twin's to the bit; only the sums over a group
+   are taken in another order, which depends on neither threads nor instruction set.                                    */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define ABI 1
+#define LANES 16
+#define CHUNK 1024      /* values converted at once, a multiple of LANES */
+#define CLAIM (1 << 14) /* weights that a thread claims at once */
+#define INLINE static inline __attribute__((always_inline))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+
+enum { FLOAT32, BFLOAT16 };
+
+/* The parallel region of the OpenMP runtime that torch has loaded, so that one pool of threads serves both. */
+extern void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
+
+typedef struct {
+    const float *weight, *scale, *zero, *low;
+    float *offset, *scale_grad, *zero_grad;
+    const void *grad;
+    void *out;
+    int64_t rows, inputs, width, stride;
+    float most, lr; /* largest code; step size of the offsets */
+    int dtype;
+    int64_t groups, claim, next;
+} Job;
+
+/* ---- bfloat16 ---- */
+
+INLINE void load_floats(float *restrict to, const void *from, int64_t at, int64_t count, int dtype) {
+    if (dtype == FLOAT32) {
+        memcpy(to, (const float *)from + at, (size_t)count * 4);
+        return;
+    }
+    const uint16_t *restrict halves = (const uint16_t *)from + at;
+    for (int64_t i = 0; i < count; i++) {
+        const uint32_t u = (uint32_t)halves[i] << 16;
+        memcpy(to + i, &u, 4);
+    }
+}
+
+INLINE void store_floats(void *to, int64_t at, const float *restrict from, int64_t count, int dtype) {
+    if (dtype == FLOAT32) {
+        memcpy((float *)to + at, from, (size_t)count * 4);
+        return;
+    }
+    uint16_t *restrict halves = (uint16_t *)to + at;
+    for (int64_t i = 0; i < count; i++) { /* nearest, ties to even; W' is finite */
+        uint32_t u;
+        memcpy(&u, from + i, 4);
+        halves[i] = (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+    }
+}
+
+/* ---- one row ---- */
+
+INLINE float level_of(float ratio, float offset, float zero) { return rintf(ratio + offset) + zero; }
+
+INLINE float clamped(float level, float most) { return level < 0 ? 0 : level > most ? most : level; }
+
+/* W' = s * (clamp(round((W + low)/s + V) + z, 0, M) - z) - low */
+INLINE void build_row(const Job *job, int64_t row) {
+    float fake[CHUNK];
+    for (int64_t group = 0; group < job->groups; group++) {
+        const int64_t first = row * job->groups + group, begin = group * job->width;
+        const float scale = job->scale[first], zero = job->zero[first], low = job->low ? job->low[first] : 0, most = job->most;
+        const int64_t end = MIN(begin + job->width, job->inputs);
+        for (int64_t at = begin; at < end; at += CHUNK) {
+            const int64_t count = MIN(CHUNK, end - at), place = first * job->width + at - begin;
+            const float *restrict weight = job->weight + place, *restrict offset = job->offset + place;
+            for (int64_t i = 0; i < count; i++)
+                fake[i] = (clamped(level_of((weight[i] + low) / scale, offset[i], zero), most) - zero) * scale - low;
+            store_floats(job->out, row * job->stride + at, fake, count, job->dtype);
+        }
+    }
+}
+
+#define STEP_ONE(i, lane)                                                                                   \
+    {                                                                                                       \
+        const float g = grad[i], ratio = (weight[i] + low) / scale, level = level_of(ratio, offset[i], zero);       \
+        const float code = clamped(level, most), inside = level == code ? g : 0;                            \
+        for_scale[lane] += g * (code - zero) - ratio * inside;                                              \
+        for_zero[lane] += inside - g;                                                                       \
+        offset[i] -= inside > 0 ? lr : inside < 0 ? -lr : 0;                                                \
+    }
+
+/* dL/ds and dL/dz of each group, and V against the sign of dL/dV. */
+INLINE void step_row(const Job *job, int64_t row) {
+    float grad[CHUNK];
+    for (int64_t group = 0; group < job->groups; group++) {
+        const int64_t first = row * job->groups + group, begin = group * job->width;
+        const float scale = job->scale[first], zero = job->zero[first], low = job->low ? job->low[first] : 0;
+        const float most = job->most, lr = scale < 0 ? -job->lr : job->lr;
+        const int64_t end = MIN(begin + job->width, job->inputs);
+        float for_scale[LANES] = {0}, for_zero[LANES] = {0};
+        for (int64_t at = begin; at < end; at += CHUNK) {
+            const int64_t count = MIN(CHUNK, end - at), place = first * job->width + at - begin;
+            const float *restrict weight = job->weight + place;
+            float *restrict offset = job->offset + place;
+            load_floats(grad, job->grad, row * job->stride + at, count, job->dtype);
+            const int64_t whole = count / LANES * LANES;
+            for (int64_t i = 0; i < whole; i += LANES)
+                for (int l = 0; l < LANES; l++) STEP_ONE(i + l, l)
+            for (int64_t i = whole; i < count; i++) STEP_ONE(i, i - whole)
+        }
+        for (int half = LANES / 2; half; half /= 2)
+            for (int l = 0; l < half; l++) {
+                for_scale[l] += for_scale[l + half];
+                for_zero[l] += for_zero[l + half];
+            }
+        job->scale_grad[first] = for_scale[0];
+        job->zero_grad[first] = for_zero[0] * scale;
+    }
+}
+
+/* ---- threads claim rows; every instruction set compiles the same lines ---- */
+
+#define EACH_ROW(body)                                                                                       \
+    for (int64_t row; (row = __atomic_fetch_add(&job->next, job->claim, __ATOMIC_RELAXED)) < job->rows;)     \
+        for (int64_t r = row; r < MIN(row + job->claim, job->rows); r++) body(job, r);
+
+INLINE void build_rows(Job *job) { EACH_ROW(build_row) }
+INLINE void step_rows(Job *job) { EACH_ROW(step_row) }
+
+#define PATH(name, attribute) \
+    static attribute void build_##name(void *job) { build_rows(job); } \
+    static attribute void step_##name(void *job) { step_rows(job); }
+PATH(plain, )
+#if defined(__x86_64__) && defined(__GNUC__)
+PATH(avx2, __attribute__((target("avx2"))))
+PATH(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,prefer-vector-width=512"))))
+static void (*const BUILD[])(void *) = {build_plain, build_avx2, build_avx512};
+static void (*const STEP[])(void *) = {step_plain, step_avx2, step_avx512};
+#else
+static void (*const BUILD[])(void *) = {build_plain};
+static void (*const STEP[])(void *) = {step_plain};
+#endif
+
+static void in_threads(void (*run)(void *), Job *job, int threads) {
+    job->groups = (job->inputs + job->width - 1) / job->width;
+    job->claim = CLAIM / job->inputs + 1;
+    if (threads > 1 && GOMP_parallel) GOMP_parallel(run, job, (unsigned)threads, 0);
+    else run(job);
+}
+
+/* ---- the ABI ---- */
+
+int auto_round_passes_abi(void) { return ABI; }
+
+/* How many paths this CPU can take: plain C, AVX2, AVX-512. */
+int auto_round_passes_paths(void) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2")) return 1;
+    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") ? 3 : 2;
+#else
+    return 1;
+#endif
+}
+
+void auto_round_build(const float *weight, const float *offset, const float *scale, const float *zero, const float *low, void *out, int64_t rows,
+                      int64_t inputs, int64_t width, int64_t stride, float most, int dtype, int path, int threads) {
+    Job job = {.weight = weight, .offset = (float *)offset, .scale = scale, .zero = zero, .low = low, .out = out, .rows = rows,
+               .inputs = inputs, .width = width, .stride = stride, .most = most, .dtype = dtype};
+    in_threads(BUILD[path], &job, threads);
+}
+
+void auto_round_step(const float *weight, float *offset, const float *scale, const float *zero, const float *low, const void *grad, float *scale_grad,
+                     float *zero_grad, int64_t rows, int64_t inputs, int64_t width, int64_t stride, float most, float lr, int dtype,
+                     int path, int threads) {
+    Job job = {.weight = weight, .offset = offset, .scale = scale, .zero = zero, .low = low, .grad = grad, .scale_grad = scale_grad,
+               .zero_grad = zero_grad, .rows = rows, .inputs = inputs, .width = width, .stride = stride, .most = most, .lr = lr,
+               .dtype = dtype};
+    in_threads(STEP[path], &job, threads);
+}

@@ -1,0 +1,159 @@
+"""A tuning step's elementwise passes over one Linear, each in one read of its operands where ``passes.c`` was compiled.
+
+Elsewhere, on other devices and for other dtypes, the same comes from `integer`, a chunk of rows at a time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auto_round.numerics.groups import from_groups, to_groups
+from auto_round.numerics.integer import fake_quantise, gradients
+from auto_round.runtime.compiled import NotCompiledError, load_library
+
+ABI = 1
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # of W' and its gradient
+PATHS = ("plain C", "AVX2", "AVX-512")
+ROW_CHUNK = 1 << 17  # weights in one pass of torch: what a core's cache holds of all its operands
+WEIGHTS_PER_THREAD = 1 << 14  # below this a second thread costs more than it saves
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The compiled passes, and how many of PATHS this CPU has."""
+
+    build: Any
+    step: Any
+    paths: int
+
+
+@functools.cache
+def compiled_passes() -> Passes | None:
+    """The compiled passes, or None where they were not built."""
+    try:
+        library = load_library(Path(__file__).parent, "_passes", "auto_round_passes_abi", ABI)
+    except NotCompiledError:
+        return None
+    pointers, numbers, floats = [ctypes.c_void_p], [ctypes.c_int64], [ctypes.c_float]
+    build, step = library.auto_round_build, library.auto_round_step
+    build.argtypes = [*pointers * 6, *numbers * 4, *floats, *[ctypes.c_int] * 3]
+    step.argtypes = [*pointers * 8, *numbers * 4, *floats * 2, *[ctypes.c_int] * 3]
+    build.restype = step.restype = None
+    return Passes(build, step, int(library.auto_round_passes_paths()))
+
+
+@dataclass(frozen=True)
+class Grids:
+    """The grid of every group of a Linear: scale, zero and, for grids that have a minimum of their own, low.
+
+    Each (out, groups, 1) float32; the group's weights meet the grid with `low` added.
+    """
+
+    scale: Tensor
+    zero: Tensor
+    max_code: int
+    low: Tensor | None = None
+
+    def fields(self, rows: slice) -> tuple[Tensor, Tensor, int]:
+        """What `integer` wants for these rows."""
+        return self.scale[rows], self.zero[rows], self.max_code
+
+    def met(self, weight: Tensor, rows: slice) -> Tensor:
+        """These rows of a weight (out, groups, width), with `low` added."""
+        return weight[rows] if self.low is None else weight[rows] + self.low[rows]
+
+
+def build_weight(weight: Tensor, offset: Tensor, grids: Grids, out: Tensor, path: int | None = None) -> None:
+    """Put W' = s * (q - z) - low into `out` (out, in), rounded to its dtype.
+
+    weight, offset: (out, groups, width) float32. path: one of PATHS that the CPU has, for tests.
+    """
+    found = compiled_passes()
+    if found is None or not _fits(weight, out):
+        for rows in row_chunks(weight):
+            fake = fake_quantise(grids.met(weight, rows), offset[rows], *grids.fields(rows))
+            if grids.low is not None:
+                fake.sub_(grids.low[rows])
+            out[rows].copy_(from_groups(fake, out.shape[1]))
+        return
+    held = _held(weight, offset, grids)
+    found.build(
+        *map(_pointer, held),
+        out.data_ptr(),
+        *_shape(weight, out),
+        grids.max_code,
+        DTYPES[out.dtype],
+        found.paths - 1 if path is None else path,
+        _threads(weight),
+    )
+
+
+def step_offsets(
+    weight: Tensor, offset: Tensor, grids: Grids, grad: Tensor, lr: float, path: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Move V by `lr` against the sign of its gradient; return dL/ds and dL/dz, (out, groups, 1) float32.
+
+    As `build_weight`; `offset` is contiguous and changed in place, grad = dL/dW' is (out, in) in any float dtype.
+    """
+    found = compiled_passes()
+    if found is None or not _fits(weight, grad):
+        parts = []
+        for rows in row_chunks(weight):
+            grouped = to_groups(grad[rows].float(), weight.shape[-1])
+            offset_grad, *others = gradients(grids.met(weight, rows), offset[rows], *grids.fields(rows), grouped)
+            offset[rows].sub_(offset_grad.sign_(), alpha=lr)
+            parts.append(others)
+        scale_grad, zero_grad = (torch.cat(part) for part in zip(*parts, strict=True))
+        return scale_grad, zero_grad
+    held = _held(weight, offset, grids)
+    scale_grad, zero_grad = torch.empty_like(grids.scale), torch.empty_like(grids.scale)
+    found.step(
+        *map(_pointer, held),
+        grad.data_ptr(),
+        scale_grad.data_ptr(),
+        zero_grad.data_ptr(),
+        *_shape(weight, grad),
+        grids.max_code,
+        lr,
+        DTYPES[grad.dtype],
+        found.paths - 1 if path is None else path,
+        _threads(weight),
+    )
+    return scale_grad, zero_grad
+
+
+def row_chunks(weight: Tensor) -> list[slice]:
+    """Row ranges of one pass of torch; one on accelerators, whose launches cost more than their caches save."""
+    rows, per_row = weight.shape[0], weight[0].numel()
+    size = rows if weight.device.type != "cpu" else max(1, ROW_CHUNK // per_row)
+    return [slice(begin, begin + size) for begin in range(0, rows, size)]
+
+
+def _fits(weight: Tensor, outer: Tensor) -> bool:
+    return weight.device.type == "cpu" == outer.device.type and outer.dtype in DTYPES and outer.stride(1) == 1
+
+
+def _held(weight: Tensor, offset: Tensor, grids: Grids) -> list[Tensor | None]:
+    """Everything that both passes read, in the order of their arguments, contiguous."""
+    low = None if grids.low is None else grids.low.contiguous()
+    return [weight.contiguous(), offset, grids.scale.contiguous(), grids.zero.contiguous(), low]
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _shape(weight: Tensor, outer: Tensor) -> tuple[int, int, int, int]:
+    """Rows, inputs, width of a group, and the stride of a row of the tensor that is not grouped."""
+    return (*outer.shape, weight.shape[-1], outer.stride(0))
+
+
+def _threads(weight: Tensor) -> int:
+    return min(torch.get_num_threads(), 1 + weight.numel() // WEIGHTS_PER_THREAD)

@@ -1,0 +1,35 @@
+"""C code of the package: built with it where there is a compiler, loaded with ctypes, absent without harm."""
+
+from __future__ import annotations
+
+import ctypes
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+REINSTALL = "pip install --force-reinstall --no-cache-dir --no-deps auto-round"
+
+
+class NotCompiledError(Exception):
+    """Why there is no such library: what happened, and in `fix` what to do before REINSTALL."""
+
+    def __init__(self, text: str, fix: str) -> None:
+        super().__init__(text)
+        self.fix = fix
+
+
+def load_library(folder: Path, stem: str, version: str, abi: int) -> ctypes.CDLL:
+    """Load the library `stem` beside the code in `folder`, whose function `version` must return `abi`.
+
+    Raises NotCompiledError when it was not built, cannot be loaded or is of another version.
+    """
+    file = next((f for suffix in EXTENSION_SUFFIXES if (f := folder / f"{stem}{suffix}").exists()), None)
+    if file is None:
+        fix = "install a C compiler (gcc or clang), then build it anew"
+        raise NotCompiledError("the native kernel was not built when auto-round was installed", fix)
+    try:
+        library = ctypes.CDLL(str(file))
+    except OSError as error:
+        raise NotCompiledError(f"the native kernel cannot be loaded ({error})", "build it anew") from None
+    if getattr(library, version)() != abi:
+        raise NotCompiledError("the native kernel was built from another version", "build it anew")
+    return library
