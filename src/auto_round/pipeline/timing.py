@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from auto_round.calibrate.attention import BlockedAttention
 from auto_round.formats.layouts import GPTQ_RAW
 from auto_round.numerics.compensate import compensation
 from auto_round.pipeline.inspection import examine
@@ -128,7 +129,8 @@ class _Block(nn.Module):
         x = self._norm(hidden)
         q, k, v = (part(x).unflatten(-1, (-1, HEAD)).transpose(1, 2) for part in (self.q, self.k, self.v))
         q, k = (part * 0.6 + torch.cat([-part[..., HEAD // 2 :], part[..., : HEAD // 2]], -1) * 0.8 for part in (q, k))
-        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        with BlockedAttention():
+            attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         hidden = hidden + self.o(attended.transpose(1, 2).flatten(2))
         x = self._norm(hidden)
         output: Tensor = hidden + self.down(nn.functional.silu(self.gate(x)) * self.up(x))
