@@ -35,7 +35,7 @@ begin = time.perf_counter()
 from auto_round import AutoRound
 from auto_round.runtime.device import peak_resident_bytes
 job = json.loads(sys.argv[1])
-tuner = AutoRound(job["model"], dataset=json.load(open(job["tokens"])), **job["common"], **job["ours"])
+tuner = AutoRound(job["model"], dataset=json.load(open(job["tokens"])), **{**job["common"], **job["ours"]})
 report = tuner.quantize_and_save(job["output"])
 print(json.dumps({"seconds": time.perf_counter() - begin, "tuning_seconds": report.seconds,
                   "peak_rss_bytes": peak_resident_bytes(), "compute_dtype": report.compute_dtype}))

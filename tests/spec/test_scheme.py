@@ -68,10 +68,17 @@ def test_bad_recipes_name_the_field(values: dict[str, object]) -> None:
 def test_recipes_are_those_users_know() -> None:
     assert (RECIPES["best"].nsamples, RECIPES["best"].iters) == (512, 1000)
     assert (RECIPES["default"].nsamples, RECIPES["default"].iters) == (128, 200)
-    assert (RECIPES["light"].nsamples, RECIPES["light"].iters, RECIPES["light"].lr) == (128, 50, 5e-3)
+    assert (RECIPES["light"].nsamples, RECIPES["light"].iters, RECIPES["light"].lr) == (128, 50, 1e-2)
     assert RECIPES["rtn"].iters == 0
     with pytest.raises(SpecError, match="light"):
         recipe("ligth")
+
+
+def test_ranges_move_in_smaller_steps_than_v_and_in_larger_ones_at_two_bits() -> None:
+    recipe = Recipe(iters=100)
+    assert [recipe.range_lr(bits) for bits in (2, 3, 4, 8)] == pytest.approx([5e-3, 2e-3, 2e-3, 2e-3])
+    assert Recipe(minmax_lr=0.3).range_lr(2) == 0.3
+    assert Recipe(enable_minmax_tuning=False).range_lr(4) == 0
 
 
 def test_lr_defaults_to_one_over_iters() -> None:

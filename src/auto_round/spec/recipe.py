@@ -17,7 +17,7 @@ class Recipe:
     iters: sign-SGD steps per block; 0 is round-to-nearest from `start`, without steps.
     lr: step size of the rounding offset V in code units; None is 1/iters. Falls linearly to 0.
     minmax_lr: step size of the range multipliers alpha and beta; None is a fifth of lr, since a searched range is
-        near its best already.
+        near its best already, and half of it in layers of 2 bits (docs/ablations.md).
     nsamples, seqlen: calibration samples and tokens in each.
     batch_size: samples per forward; times gradient_accumulate_steps = samples per step.
     seed: draws the calibration samples and, with the block's index, each block's batches.
@@ -80,10 +80,11 @@ class Recipe:
         """Step size of V at the first step."""
         return self.lr if self.lr is not None else 1.0 / max(self.iters, 1)
 
-    @property
-    def range_lr(self) -> float:
-        """Step size of alpha and beta at the first step."""
-        return self.minmax_lr if self.minmax_lr is not None else self.v_lr / 5
+    def range_lr(self, bits: int) -> float:
+        """Step size of alpha and beta at the first step, in layers of so many bits; 0 where ranges stay."""
+        if not self.enable_minmax_tuning:
+            return 0.0
+        return self.minmax_lr if self.minmax_lr is not None else self.v_lr / (2 if bits == 2 else 5)
 
     @property
     def samples(self) -> int:

@@ -257,8 +257,7 @@ def _steps(
                 for name, layer in layers.items():
                     weight = task.linears[name].weight
                     if weight.grad is not None:
-                        range_lr = recipe.range_lr * share if recipe.enable_minmax_tuning else 0.0
-                        layer.step(weight.grad, recipe.v_lr * share, range_lr)
+                        layer.step(weight.grad, recipe.v_lr * share, recipe.range_lr(layer.scheme.bits) * share)
                         weight.grad = None
                         layer.write_weight(weight.data)
             if iteration % report_every == 0:
