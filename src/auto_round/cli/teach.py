@@ -42,7 +42,11 @@ class Invocation:
 
 def in_words(recipe: Recipe) -> dict[str, str]:
     """The fields of a recipe as a reader would say them."""
-    stand_ins = {"lr": "1 / iters", "minmax_lr": "a fifth of --lr, half of it for 2 bits", "finish_nsamples": "as --nsamples"}
+    stand_ins = {
+        "lr": "1 / iters",
+        "minmax_lr": "a fifth of --lr, half of it for 2 bits",
+        "finish_nsamples": "as --nsamples",
+    }
     words = {}
     for name, value in asdict(recipe).items():
         switch = "on" if value else "off"
