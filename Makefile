@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test clients slow lint types format clean
 
-$(VENV)/ready: pyproject.toml setup.py constraints.txt src/auto_round/inference/kernels/native.c src/auto_round/numerics/passes.c
+$(VENV)/ready: pyproject.toml setup.py constraints.txt src/auto_round/inference/kernels/native.c src/auto_round/tune/passes.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"

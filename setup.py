@@ -13,6 +13,6 @@ setup(
     ext_modules=[
         part("auto_round.inference.kernels._native", "native.c"),
         # Rounded after every operation, as torch does it.
-        part("auto_round.numerics._passes", "passes.c", "-ffp-contract=off"),
+        part("auto_round.tune._passes", "passes.c", "-ffp-contract=off"),
     ]
 )

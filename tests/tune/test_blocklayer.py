@@ -102,7 +102,7 @@ def test_rows_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     scheme = BLOCK_SCHEMES["q4_k"]
     whole = quantise_alone(weight(), scheme, "search", inputs_from(moment(), "search"), CPU)
     monkeypatch.setattr("auto_round.tune.alone.COMPENSATED_ROWS", 10)
-    monkeypatch.setattr("auto_round.numerics.passes.ROW_CHUNK", 1500)
+    monkeypatch.setattr("auto_round.tune.passes.ROW_CHUNK", 1500)
     assert quantise_alone(weight(), scheme, "search", inputs_from(moment(), "search"), CPU).same(whole)
 
 

@@ -80,7 +80,7 @@ def test_better_starts_have_lower_output_error() -> None:
 def test_rows_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = quantise_alone(weight(), Scheme(4, 32, sym=False), "search", inputs_from(moment(), "search"), CPU)
     monkeypatch.setattr("auto_round.tune.alone.COMPENSATED_ROWS", 10)
-    monkeypatch.setattr("auto_round.numerics.passes.ROW_CHUNK", 500)
+    monkeypatch.setattr("auto_round.tune.passes.ROW_CHUNK", 500)
     assert quantise_alone(weight(), Scheme(4, 32, sym=False), "search", inputs_from(moment(), "search"), CPU).same(
         whole
     )

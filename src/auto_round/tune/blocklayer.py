@@ -16,10 +16,10 @@ from auto_round.numerics.compensate import Compensation, compensated_codes, desc
 from auto_round.numerics.integer import quantise
 from auto_round.numerics.kpack import pack_blocks
 from auto_round.numerics.kquant import CHUNK, Grid, half, plain_grid, search_grid, to_fields
-from auto_round.numerics.passes import Grids, build_weight, row_chunks, step_offsets
 from auto_round.qtensor import BlockTensor
 from auto_round.spec.blocks import BlockScheme
 from auto_round.tune.layer import SEARCHED_BOUNDS, require_finite
+from auto_round.tune.passes import Grids, build_weight, row_chunks, step_offsets
 from auto_round.tune.start import Inputs
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from auto_round.errors import AutoRoundError
 from auto_round.numerics.groups import from_groups, to_groups
 from auto_round.numerics.integer import asym_grid, asym_range, quantise, storable, sym_anchor
-from auto_round.numerics.passes import Grids, build_weight, row_chunks, step_offsets
 from auto_round.qtensor import QTensor
 from auto_round.spec.scheme import Scheme
+from auto_round.tune.passes import Grids, build_weight, row_chunks, step_offsets
 from auto_round.tune.start import Start
 
 # Bounds of alpha and beta. Around the full range they may only shrink it; around a searched range they are free.

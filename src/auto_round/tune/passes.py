@@ -1,6 +1,6 @@
 """A tuning step's elementwise passes over one Linear, each in one read of its operands where ``passes.c`` was compiled.
 
-Elsewhere, on other devices and for other dtypes, the same comes from `integer`, a chunk of rows at a time.
+Elsewhere, on other devices and for other dtypes, the same comes from `numerics.integer`, a chunk of rows at a time.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from auto_round.numerics.groups import from_groups, to_groups
 from auto_round.numerics.integer import fake_quantise, gradients, storable
-from auto_round.numerics.passes import PATHS, Grids, build_weight, compiled_passes, step_offsets
+from auto_round.tune.passes import PATHS, Grids, build_weight, compiled_passes, step_offsets
 
 SHAPES = [(3, 64, 16), (5, 100, 32), (2, 4096, 4096), (130, 576, 128), (1, 7, 8), (4, 90, 20)]
 found = compiled_passes()
