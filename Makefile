@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test clients slow lint types format clean
 
-$(VENV)/ready: pyproject.toml setup.py constraints.txt src/auto_round/inference/kernels/native.c src/auto_round/tune/passes.c
+SOURCES := src/auto_round/runtime/compiled.h src/auto_round/inference/kernels/native.c src/auto_round/tune/passes.c
+
+$(VENV)/ready: pyproject.toml setup.py constraints.txt $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"

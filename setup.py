@@ -2,11 +2,14 @@
 
 from setuptools import Extension, setup
 
+SHARED = "src/auto_round/runtime"  # of the header that all parts include
+
 
 def part(library: str, file: str, *flags: str) -> Extension:
     """A library of plain C that is called through ctypes, beside its Python module."""
     source = "/".join(["src", *library.split(".")[:-1], file])
-    return Extension(library, [source], extra_compile_args=["-O3", "-g0", *flags], optional=True)
+    flags = ("-O3", "-g0", f"-I{SHARED}", *flags)
+    return Extension(library, [source], extra_compile_args=list(flags), depends=[f"{SHARED}/compiled.h"], optional=True)
 
 
 setup(

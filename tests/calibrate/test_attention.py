@@ -46,7 +46,9 @@ def masks(queries: int, keys: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("key_heads", [6, 2, 1])
-@pytest.mark.parametrize(("queries", "keys"), [(LONG, LONG), (5, 5), (LONG, 3 * QUERIES), (3 * QUERIES, LONG)])
+@pytest.mark.parametrize(
+    ("queries", "keys"), [(LONG, LONG), (5, 5), (LONG, 3 * QUERIES), (3 * QUERIES, LONG), (LONG, 3)]
+)
 @pytest.mark.parametrize("causal", [True, False])
 def test_it_is_torch_s_attention(key_heads: int, queries: int, keys: int, causal: bool) -> None:
     for expected, got in zip(*both(inputs(6, key_heads, queries, keys), is_causal=causal), strict=True):

@@ -135,17 +135,17 @@ CASES = [
 ]
 
 
-case = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case[:3]))
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case[:3]))
 
 
-@case
+@every_case
 def test_a_client_computes_what_our_dequantised_weights_give(
     coded: Callable[[Path, str], Path], smollm2: Path, tmp_path: Path, case: tuple[str, str, str, float]
 ) -> None:
     check_client(smollm2, coded(smollm2, case[0]) / case[2], tmp_path, case)
 
 
-@case
+@every_case
 @pytest.mark.parametrize("model", list(MODELS))
 def test_other_models_in_the_same_clients(
     coded: Callable[[Path, str], Path],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,12 @@ from auto_round.tune.passes import PATHS, Grids, build_weight, compiled_passes, 
 SHAPES = [(3, 64, 16), (5, 100, 32), (2, 4096, 4096), (130, 576, 128), (1, 7, 8), (4, 90, 20)]
 found = compiled_passes()
 path_of_this_cpu = pytest.mark.parametrize("path", range(found.paths if found else 0), ids=lambda path: PATHS[path])
+
+
+def each_problem(test: Any) -> Any:
+    """A test of every path with every dtype and shape."""
+    shapes = pytest.mark.parametrize(("rows", "inputs", "width"), SHAPES)
+    return path_of_this_cpu(pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])(shapes(test)))
 
 
 def problem(rows: int, inputs: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Grids, Tensor]:
@@ -30,9 +37,7 @@ def problem(rows: int, inputs: int, width: int, dtype: torch.dtype) -> tuple[Ten
     return weight, offset, Grids(scale, zero, 7, torch.rand(groups, generator=draw)), grad
 
 
-@path_of_this_cpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "inputs", "width"), SHAPES)
+@each_problem
 def test_built_weight_is_that_of_torch(path: int, dtype: torch.dtype, rows: int, inputs: int, width: int) -> None:
     weight, offset, grids, _ = problem(rows, inputs, width, dtype)
     assert grids.low is not None
@@ -43,9 +48,7 @@ def test_built_weight_is_that_of_torch(path: int, dtype: torch.dtype, rows: int,
     assert torch.equal(wide[:, inputs:], torch.full((rows, 3), 5.0, dtype=dtype))  # nothing beyond a row is touched
 
 
-@path_of_this_cpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "inputs", "width"), SHAPES)
+@each_problem
 def test_step_is_that_of_torch(path: int, dtype: torch.dtype, rows: int, inputs: int, width: int) -> None:
     weight, offset, grids, grad = problem(rows, inputs, width, dtype)
     assert grids.low is not None
@@ -70,6 +73,22 @@ def test_sums_depend_on_neither_path_nor_threads(path: int) -> None:
         torch.set_num_threads(threads)
     assert torch.equal(expected[0], got[0])
     assert torch.equal(expected[1], got[1])
+
+
+def test_where_nothing_was_compiled_torch_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, offset, grids, grad = problem(130, 576, 128, torch.bfloat16)
+    results = []
+    for _ in range(2):
+        moved, built = offset.clone(), torch.empty(130, 576)
+        slopes = step_offsets(weight, moved, grids, grad, 0.01)
+        build_weight(weight, moved, grids, built)
+        results.append((moved, built, *slopes))
+        monkeypatch.setattr("auto_round.tune.passes.compiled_passes", lambda: None)
+        monkeypatch.setattr("auto_round.tune.passes.ROW_CHUNK", 10_000)
+    for compiled, plain in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-3)
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
 
 
 def test_they_are_built_where_there_is_a_compiler() -> None:

@@ -103,12 +103,12 @@ class _Attention(torch.autograd.Function):
         for_key, for_value = (torch.zeros(t.shape, dtype=torch.float32).flatten(0, 1) for t in (key, value))
         grouped, grads = _grouped(for_query, key), _grouped(grad, key)
         along = _grouped((grad * output).sum(-1, keepdim=True, dtype=torch.float32).to(grad.dtype), key)
-        room = _Room(query, key)
+        room = _Room(query, key, query.dtype)
         for block in _blocks(query, key, value, mask, ctx.causal, ctx.scale):
             seen, into = block.key.shape[1], grouped[:, :, :, block.where]
             g = _rows(grads[:, :, :, block.where])
             for_value[:, :seen] += torch.bmm(block.weights.mT, g)
-            s = torch.bmm(g, block.value.mT, out=room.like(block.weights))
+            s = torch.bmm(g, block.value.mT, out=room.of(*block.weights.shape))
             s.sub_(_rows(along[:, :, :, block.where])).mul_(block.weights)
             into.copy_(torch.bmm(s, block.key).view(into.shape))
             for_key[:, :seen] += torch.bmm(s.mT, block.query)
@@ -126,13 +126,9 @@ class _Attention(torch.autograd.Function):
 class _Room:
     """Memory for what has the scores' shape, taken once: fresh pages would cost as much as the products."""
 
-    def __init__(self, query: Tensor, key: Tensor, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, query: Tensor, key: Tensor, dtype: torch.dtype) -> None:
         rows = query.shape[0] * query.shape[1] * min(QUERIES, query.shape[2])
-        self._values = query.new_empty(rows * key.shape[2], dtype=dtype or query.dtype)
-
-    def like(self, other: Tensor) -> Tensor:
-        """A tensor of that shape in this memory."""
-        return self._values[: other.numel()].view(other.shape)
+        self._values = query.new_empty(rows * key.shape[2], dtype=dtype)
 
     def of(self, *shape: int) -> Tensor:
         """A tensor of this shape in this memory."""
@@ -158,7 +154,7 @@ def _blocks(
     queries, keys = query.shape[2], key.shape[2]
     grouped, flat_key, flat_value = _grouped(query, key), key.flatten(0, 1), value.flatten(0, 1)
     factor = flat_key.float().mul(scale).mT
-    wide, narrow = _Room(query, key, torch.float32), _Room(query, key)
+    wide, narrow = (_Room(query, key, dtype) for dtype in (torch.float32, query.dtype))
     if mask is not None:
         mask = mask.expand(*mask.shape[:-2], queries, keys)
         mask = mask.view(*[1] * (4 - mask.dim()), *mask.shape)
@@ -172,7 +168,7 @@ def _blocks(
         torch.bmm(q.float(), factor[:, :, :seen], out=scores)
         apart = scores.view(*block.shape[:-1], seen)
         if causal:
-            late = torch.arange(begin, seen) > torch.arange(begin, where.stop)[:, None]
+            late = torch.arange(begin, max(begin, seen)) > torch.arange(begin, where.stop)[:, None]
             apart[..., begin:].masked_fill_(late, -torch.inf)
         blind = None
         if mask is not None:
@@ -185,5 +181,5 @@ def _blocks(
         torch.softmax(scores, -1, out=scores)
         if blind is not None:
             scores.masked_fill_(blind, 0)
-        weights = narrow.like(scores).copy_(scores)
+        weights = narrow.of(*scores.shape).copy_(scores)
         yield _Block(where, weights, q, flat_key[:, :seen], flat_value[:, :seen])

@@ -44,7 +44,7 @@ def in_words(recipe: Recipe) -> dict[str, str]:
     """The fields of a recipe as a reader would say them."""
     stand_ins = {
         "lr": "1 / iters",
-        "minmax_lr": "a fifth of --lr, half of it for 2 bits",
+        "minmax_lr": "a fifth of --lr, half of --lr at 2 bits",
         "finish_nsamples": "as --nsamples",
     }
     words = {}

@@ -17,7 +17,7 @@ class Recipe:
     iters: sign-SGD steps per block; 0 is round-to-nearest from `start`, without steps.
     lr: step size of the rounding offset V in code units; None is 1/iters. Falls linearly to 0.
     minmax_lr: step size of the range multipliers alpha and beta; None is a fifth of lr, since a searched range is
-        near its best already, and half of it in layers of 2 bits (docs/ablations.md).
+        near its best already; half of lr in layers of 2 bits (docs/ablations.md).
     nsamples, seqlen: calibration samples and tokens in each.
     batch_size: samples per forward; times gradient_accumulate_steps = samples per step.
     seed: draws the calibration samples and, with the block's index, each block's batches.

@@ -9,21 +9,14 @@
    Every value is rounded as torch rounds it, so codes and offsets are the twin's to the bit; only the sums over a group
    are taken in another order, which depends on neither threads nor instruction set.                                    */
 
+#include "compiled.h"
+
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
 
 #define ABI 1
 #define LANES 16
 #define CHUNK 1024      /* values converted at once, a multiple of LANES */
 #define CLAIM (1 << 14) /* weights that a thread claims at once */
-#define INLINE static inline __attribute__((always_inline))
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
-
-enum { FLOAT32, BFLOAT16 };
-
-/* The parallel region of the OpenMP runtime that torch has loaded, so that one pool of threads serves both. */
-extern void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
 
 typedef struct {
     const float *weight, *scale, *zero, *low;
@@ -35,33 +28,6 @@ typedef struct {
     int dtype;
     int64_t groups, claim, next;
 } Job;
-
-/* ---- bfloat16 ---- */
-
-INLINE void load_floats(float *restrict to, const void *from, int64_t at, int64_t count, int dtype) {
-    if (dtype == FLOAT32) {
-        memcpy(to, (const float *)from + at, (size_t)count * 4);
-        return;
-    }
-    const uint16_t *restrict halves = (const uint16_t *)from + at;
-    for (int64_t i = 0; i < count; i++) {
-        const uint32_t u = (uint32_t)halves[i] << 16;
-        memcpy(to + i, &u, 4);
-    }
-}
-
-INLINE void store_floats(void *to, int64_t at, const float *restrict from, int64_t count, int dtype) {
-    if (dtype == FLOAT32) {
-        memcpy((float *)to + at, from, (size_t)count * 4);
-        return;
-    }
-    uint16_t *restrict halves = (uint16_t *)to + at;
-    for (int64_t i = 0; i < count; i++) { /* nearest, ties to even; W' is finite */
-        uint32_t u;
-        memcpy(&u, from + i, 4);
-        halves[i] = (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
-    }
-}
 
 /* ---- one row ---- */
 
@@ -147,11 +113,10 @@ static void (*const BUILD[])(void *) = {build_plain};
 static void (*const STEP[])(void *) = {step_plain};
 #endif
 
-static void in_threads(void (*run)(void *), Job *job, int threads) {
+static void over_rows(void (*run)(void *), Job *job, int threads) {
     job->groups = (job->inputs + job->width - 1) / job->width;
     job->claim = CLAIM / job->inputs + 1;
-    if (threads > 1 && GOMP_parallel) GOMP_parallel(run, job, (unsigned)threads, 0);
-    else run(job);
+    in_threads(run, job, threads);
 }
 
 /* ---- the ABI ---- */
@@ -173,7 +138,7 @@ void auto_round_build(const float *weight, const float *offset, const float *sca
                       int64_t inputs, int64_t width, int64_t stride, float most, int dtype, int path, int threads) {
     Job job = {.weight = weight, .offset = (float *)offset, .scale = scale, .zero = zero, .low = low, .out = out, .rows = rows,
                .inputs = inputs, .width = width, .stride = stride, .most = most, .dtype = dtype};
-    in_threads(BUILD[path], &job, threads);
+    over_rows(BUILD[path], &job, threads);
 }
 
 void auto_round_step(const float *weight, float *offset, const float *scale, const float *zero, const float *low, const void *grad, float *scale_grad,
@@ -182,5 +147,5 @@ void auto_round_step(const float *weight, float *offset, const float *scale, con
     Job job = {.weight = weight, .offset = offset, .scale = scale, .zero = zero, .low = low, .grad = grad, .scale_grad = scale_grad,
                .zero_grad = zero_grad, .rows = rows, .inputs = inputs, .width = width, .stride = stride, .most = most, .lr = lr,
                .dtype = dtype};
-    in_threads(STEP[path], &job, threads);
+    over_rows(STEP[path], &job, threads);
 }

@@ -14,10 +14,10 @@
    Two planes keep 13 bits and the sign, three keep 20 (float32). All products and sums within a segment are exact.
    |digit| <= 64 and codes <= 255 fit what the 16-bit pair sums of AVX2 hold: 2 * 255 * 64 < 2^15.               */
 
+#include "compiled.h"
+
 #include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
 #define ABI 2
 #define TILE 32
@@ -25,14 +25,10 @@
 #define SEGMENT 128
 #define MAX_PLANES 3
 #define TOKEN_BLOCK 64
-#define INLINE static inline __attribute__((always_inline))
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
-#define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define STREAMS 4  /* most tiles read in turns */
 #define AHEAD 2048 /* bytes prefetched before they are needed, where tiles are read in turns */
 #define TOTALS MAX(TOKEN_BLOCK, 8 * STREAMS)
 
-enum { FLOAT32, BFLOAT16, FLOAT16 };
 enum { PLAIN, AVX2, AVXVNNI, AVX512 };
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -45,9 +41,6 @@ enum { PLAIN, AVX2, AVXVNNI, AVX512 };
 #define VNNI_256 0
 #endif
 #endif
-
-/* The parallel region of the OpenMP runtime that torch has loaded, so that one pool of threads serves both. */
-extern void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
 
 typedef struct {
     const void *x, *bias;
@@ -69,47 +62,6 @@ INLINE int unit_of(int bits) { return bits == 3 ? 32 : 32 / bits; }
 
 /* Inputs of a group after padding, a whole number of units. */
 INLINE int64_t padded_group(int64_t inputs, int bits) { return (inputs + unit_of(bits) - 1) / unit_of(bits) * unit_of(bits); }
-
-/* ---- dtypes ---- */
-
-INLINE float bits_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
-INLINE uint32_t float_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
-
-INLINE float half_to_float(uint16_t h) {
-    uint32_t magnitude = (uint32_t)(h & 0x7fff) << 13;
-    float value = bits_float(magnitude) * 0x1p112f;
-    uint32_t special = (h & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000u : float_bits(value);
-    return bits_float(special | (uint32_t)(h & 0x8000) << 16);
-}
-
-INLINE uint16_t float_to_half(float f) {
-    uint32_t u = float_bits(f), sign = u >> 16 & 0x8000, a = u & 0x7fffffff;
-    uint32_t tiny = float_bits(bits_float(a) + 0.5f) - 0x3f000000u;
-    uint32_t normal = (a + 0xc8000fffu + (a >> 13 & 1)) >> 13;
-    uint32_t huge = a > 0x7f800000u ? 0x7e00 : 0x7c00;
-    return (uint16_t)(sign | (a < 0x38800000u ? tiny : a < 0x477ff000u ? normal : huge));
-}
-
-INLINE uint16_t float_to_bfloat(float f) {
-    uint32_t u = float_bits(f);
-    return (uint16_t)((u & 0x7fffffff) > 0x7f800000u ? u >> 16 | 0x40 : (u + 0x7fff + (u >> 16 & 1)) >> 16);
-}
-
-INLINE void load_floats(float *to, const void *from, int64_t at, int64_t count, int dtype) {
-    if (dtype == FLOAT32) memcpy(to, (const float *)from + at, (size_t)count * 4);
-    else if (dtype == BFLOAT16)
-        for (int64_t i = 0; i < count; i++) to[i] = bits_float((uint32_t)((const uint16_t *)from)[at + i] << 16);
-    else
-        for (int64_t i = 0; i < count; i++) to[i] = half_to_float(((const uint16_t *)from)[at + i]);
-}
-
-INLINE void store_floats(void *to, int64_t at, const float *from, int64_t count, int dtype) {
-    if (dtype == FLOAT32) memcpy((float *)to + at, from, (size_t)count * 4);
-    else if (dtype == BFLOAT16)
-        for (int64_t i = 0; i < count; i++) ((uint16_t *)to)[at + i] = float_to_bfloat(from[i]);
-    else
-        for (int64_t i = 0; i < count; i++) ((uint16_t *)to)[at + i] = float_to_half(from[i]);
-}
 
 /* ---- activations to fixed point ---- */
 
@@ -536,11 +488,6 @@ static void (*const RUN[])(void *) = {run_plain, run_avx2, run_avxvnni, run_avx5
 static void (*const FIX[])(void *) = {fix_plain};
 static void (*const RUN[])(void *) = {run_plain};
 #endif
-
-static void in_threads(void (*run)(void *), void *job, int threads) {
-    if (threads > 1 && GOMP_parallel) GOMP_parallel(run, job, (unsigned)threads, 0);
-    else run(job);
-}
 
 /* ---- one token times a dense bfloat16 weight, row after row ---- */
 
