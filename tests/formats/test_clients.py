@@ -130,6 +130,7 @@ CASES = [
     ("asym", "compressed-tensors", "llm_compressor", HALVES),
     ("sym", "gptqmodel", "auto_gptq", 1e-3),
     ("asym", "gptqmodel", "auto_gptq", HALVES),
+    ("sym", "gptqmodel", "auto_awq", 1e-3),
     ("asym", "gptqmodel", "auto_awq", HALVES),
     ("sym", "auto-round", "auto_round", HALVES),
 ]
