@@ -39,7 +39,7 @@ def test_generate_takes_backends_by_name(folder: Path, capsys: pytest.CaptureFix
     words = ["--prompt", "a", "--max-new-tokens", "2", "--device", "cpu"]
     assert run("generate", str(folder), *words, "--backend", "torch") == 0
     assert run("generate", str(folder), *words, "--backend", "marlin") == 2
-    assert "'marlin' is not available" in capsys.readouterr().err
+    assert "marlin: it runs on CUDA devices, not on cpu" in capsys.readouterr().err
     assert run("generate", str(folder / "nothing"), *words) == 2
     assert "no config.json" in capsys.readouterr().err
     assert run("generate", str(folder)) == 2
@@ -74,7 +74,7 @@ def test_backends_lists_all_with_their_reasons(capsys: pytest.CaptureFixture[str
     assert run("backends", "--device", "cpu", "--scheme", "W3A16G64_asym") == 0
     text = capsys.readouterr().out
     assert "W3A16G64 asym" in text
-    for name in ("native", "torch_reference", "marlin", "exllamav2", "triton"):
+    for name in ("native", "torch_reference", "marlin", "exllamav2", "triton", "int4pack", "ark"):
         assert name in text
 
 

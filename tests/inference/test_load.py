@@ -310,7 +310,7 @@ def test_a_model_spread_over_cpu_and_disk_runs(tmp_path: Path) -> None:
         ({"block_name_to_quantize": "transformer.h"}, FormatError, r"none of the 15 Linear.*transformer\.h"),
         ({"extra_config": {"model.layers.0.mlp.up_proj": {"bits": 6}}}, FormatError, "up_proj.*bits=6"),
         ({"extra_config": {"*bad": {"bits": 8}}}, FormatError, r"\*bad"),
-        ({"backend": "exllamav2"}, BackendError, "exllamav2.*CUDA.*torch_reference"),
+        ({"backend": "exllamav2"}, BackendError, "exllamav2: it runs on CUDA devices, not on cpu; use native"),
     ],
 )
 def test_folders_that_cannot_be_read_are_refused(

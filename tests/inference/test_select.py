@@ -65,7 +65,7 @@ def test_explain_lists_every_backend_with_its_reason(two: Picky) -> None:
     assert reasons["torch_reference"] is None
 
 
-@pytest.mark.parametrize("spelling", ["marlin", "exllamav2", "gptqmodel:exllamav2", "auto_gptq:cuda"])
+@pytest.mark.parametrize("spelling", ["ark", "auto_round:mlx", "hpu", "auto_gptq:cuda"])
 def test_families_of_other_readers_say_why_they_are_not_here(spelling: str) -> None:
     with pytest.raises(BackendError, match=rf"'{spelling}' is not available: it needs .*torch_reference"):
         select.requested(spelling)
@@ -74,6 +74,22 @@ def test_families_of_other_readers_say_why_they_are_not_here(spelling: str) -> N
 def test_unknown_spellings_get_the_nearest() -> None:
     with pytest.raises(BackendError, match=r"unknown backend 'marlim'\. Did you mean marlin"):
         select.requested("marlim")
+
+
+@pytest.mark.parametrize(
+    ("spelling", "names"),
+    [
+        ("gptqmodel", ["marlin", "exllamav2"]),
+        ("gptqmodel:exllamav2", ["exllamav2"]),
+        ("auto_round:marlin", ["marlin"]),
+        ("tinygemm", ["int4pack"]),
+        ("cuda", ["marlin", "exllamav2", "triton", "int4pack"]),
+        ("xpu", ["triton"]),
+        ("cpu", ["native"]),
+    ],
+)
+def test_families_are_ranked(spelling: str, names: list[str]) -> None:
+    assert [b.name for b in select.requested(spelling)] == names
 
 
 @pytest.mark.parametrize(

@@ -28,14 +28,9 @@ OWN_PREFIX = "auto_round"
 ELSEWHERE = {
     "ark": "the kernels of the package auto-round-lib",
     "auto_round_kernel": "the kernels of the package auto-round-lib",
-    "marlin": "CUDA kernels for 4 and 8 bits",
-    "exllama": "CUDA kernels for 4 bits",
-    "exllamav2": "CUDA kernels for 4 bits",
     "humming": "CUDA kernels of the package humming",
     "mlx": "the package mlx on Apple hardware",
     "hpu": "a Gaudi accelerator",
-    "cuda": "the CUDA kernels of auto-gptq",
-    "gptqmodel": "the kernels of the package gptqmodel",
     "auto_gptq": "the kernels of the package auto-gptq",
     "auto_awq": "the kernels of the package autoawq",
 }

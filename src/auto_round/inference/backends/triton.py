@@ -23,7 +23,7 @@ class Triton:
     name = "triton"
     repacks = True
     rank = 10
-    spellings: tuple[str, ...] = ("tritonv2", "tritonv2_zp", "triton_zp")
+    spellings: tuple[str, ...] = ("tritonv2", "tritonv2_zp", "triton_zp", "cuda", "xpu")
 
     def supports(
         self, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
