@@ -91,9 +91,12 @@ def main() -> None:
         runs = {}
         if not options.no_ours:
             runs["ours"] = tune(sys.executable, OURS, {**job, "output": f"{scratch}/ours"})
+        for index, words in enumerate(options.also):
+            also = {**job, "ours": json.loads(words), "output": f"{scratch}/also{index}"}
+            runs[f"ours {words}"] = tune(sys.executable, OURS, also)
         if options.peer:
             runs["peer"] = tune(options.peer, PEER, {**job, "output": f"{scratch}/peer"}, "-I")
-        scores = score(options, {name: _model_folder(Path(scratch) / name) for name in runs})
+        scores = score(options, folders(Path(scratch), runs))
     result = {
         "model": options.model.name,
         "scheme": scheme.name,
@@ -120,6 +123,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peer", help="Python of an environment with auto-round 0.16.1")
     parser.add_argument("--no_ours", action="store_true", help="run the peer alone")
     parser.add_argument("--ours", default="{}", help="JSON of further keywords for our AutoRound")
+    parser.add_argument("--also", action="append", default=[], help="the same for one more run of ours; any number")
     parser.add_argument("--peer_options", default="{}", help="JSON of further keywords for the peer's AutoRound")
     parser.add_argument("--scratch", default=None, help="where the outputs lie until they are scored")
     parser.add_argument("--result", type=Path, help="JSON file to keep the figures in")
@@ -135,9 +139,12 @@ def tune(python: str, code: str, job: dict[str, Any], *flags: str) -> dict[str, 
     return result
 
 
-def _model_folder(folder: Path) -> Path:
-    """The peer puts its model into a folder of its own below the one it is given."""
-    return next(file.parent for file in sorted(folder.rglob("config.json")))
+def folders(scratch: Path, runs: dict[str, Any]) -> dict[str, Path]:
+    """Where each run's model lies; the peer puts it into a folder of its own below the one it is given."""
+    names = ["ours", *(f"also{i}" for i in range(len(runs))), "peer"]
+    places = [scratch / name for name in names if (scratch / name).exists()]
+    found = [next(file.parent for file in sorted(place.rglob("config.json"))) for place in places]
+    return dict(zip(runs, found, strict=True))
 
 
 @torch.no_grad()
@@ -174,9 +181,11 @@ def table(result: dict[str, Any]) -> str:
             cells += [f"{figures['kl_divergence']:.4f}", f"{figures['perplexity']:.3f}"]
             cells += [f"{figures['top1_agreement']:.1%}"]
         lines.append("| " + " | ".join(cells) + " |")
-    if len(runs) == 2:
-        ours, peer = runs["ours"], runs["peer"]
-        cells = ["ratio", f"{ours['seconds'] / peer['seconds']:.2f}"]
+    peer = runs.get("peer")
+    for name, ours in runs.items():
+        if peer is None or name == "peer":
+            continue
+        cells = [f"ratio of {name}", f"{ours['seconds'] / peer['seconds']:.2f}"]
         cells.append(f"{ours['peak_rss_bytes'] / peer['peak_rss_bytes']:.2f}")
         for text in texts:
             a, b = ours["scores"][text], peer["scores"][text]

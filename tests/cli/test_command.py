@@ -29,14 +29,14 @@ def test_help_groups_flags_and_states_the_recipes_defaults(capsys: pytest.Captur
     text = capsys.readouterr().out
     for heading in ("Model", "Scheme", "Tuning", "Calibration", "Output", "Machine", "Examples", "Recipes"):
         assert f"\n{heading}\n" in text
-    for fact in ("(default 200)", "(default 128)", "auto-round demo", "auto-round-best", "--iters 1000", "--lr 0.01"):
+    for fact in ("(default 200)", "(default 128)", "auto-round demo", "auto-round-best", "--iters 1000", "--iters 50"):
         assert fact in text
     assert max(len(line) for line in text.splitlines() if "auto-round " not in line) <= 80
 
 
 @pytest.mark.parametrize(
     ("recipe", "stated"),
-    [("best", "(default 1000)"), ("best", "(default 512)"), ("light", "(default 0.01)"), ("rtn", "(default plain)")],
+    [("best", "(default 1000)"), ("best", "(default 512)"), ("light", "(default 50)"), ("rtn", "(default plain)")],
 )
 def test_each_entry_point_states_its_own_defaults(capsys: pytest.CaptureFixture[str], recipe: str, stated: str) -> None:
     assert exits("-h", program=f"auto-round-{recipe}", recipe=recipe) == 0

@@ -68,7 +68,7 @@ def test_bad_recipes_name_the_field(values: dict[str, object]) -> None:
 def test_recipes_are_those_users_know() -> None:
     assert (RECIPES["best"].nsamples, RECIPES["best"].iters) == (512, 1000)
     assert (RECIPES["default"].nsamples, RECIPES["default"].iters) == (128, 200)
-    assert (RECIPES["light"].nsamples, RECIPES["light"].iters, RECIPES["light"].lr) == (128, 50, 1e-2)
+    assert (RECIPES["light"].nsamples, RECIPES["light"].iters) == (128, 50)
     assert RECIPES["rtn"].iters == 0
     with pytest.raises(SpecError, match="light"):
         recipe("ligth")
@@ -76,11 +76,13 @@ def test_recipes_are_those_users_know() -> None:
 
 def test_ranges_move_in_smaller_steps_than_v_and_in_larger_ones_at_two_bits() -> None:
     recipe = Recipe(iters=100)
-    assert [recipe.range_lr(bits) for bits in (2, 3, 4, 8)] == pytest.approx([5e-3, 2e-3, 2e-3, 2e-3])
+    assert [recipe.range_lr(bits) for bits in (2, 3, 4, 8)] == pytest.approx([5e-3, 1e-3, 1e-3, 1e-3])
     assert Recipe(minmax_lr=0.3).range_lr(2) == 0.3
     assert Recipe(enable_minmax_tuning=False).range_lr(4) == 0
 
 
-def test_lr_defaults_to_one_over_iters() -> None:
-    assert Recipe(iters=200).v_lr == pytest.approx(1 / 200)
+def test_lr_follows_from_iters_and_bits_but_for_few_steps() -> None:
+    assert [Recipe(iters=100).v_lr(bits) for bits in (2, 3, 4, 8)] == pytest.approx([1e-2, 5e-3, 5e-3, 5e-3])
+    assert Recipe(iters=4).v_lr(4) == Recipe(iters=16).v_lr(4) == pytest.approx(0.5 / 16)
+    assert Recipe(lr=0.1, iters=4).v_lr(2) == 0.1
     assert Recipe(lr=0.1).updated(lr=None, iters=7).lr == 0.1

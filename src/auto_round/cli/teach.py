@@ -43,7 +43,7 @@ class Invocation:
 def in_words(recipe: Recipe) -> dict[str, str]:
     """The fields of a recipe as a reader would say them."""
     stand_ins = {
-        "lr": "1 / iters",
+        "lr": "0.5 / iters, 1 / iters at 2 bits",
         "minmax_lr": "a fifth of --lr, half of --lr at 2 bits",
         "finish_nsamples": "as --nsamples",
     }

@@ -14,7 +14,7 @@ from torch import Tensor
 from auto_round.errors import SpecError
 
 # float32 log-probabilities alive at once: 64 positions of a vocabulary of 262,144 are 67 MB a copy.
-POSITIONS_AT_ONCE = 64
+POSITIONS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)

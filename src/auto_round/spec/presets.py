@@ -13,7 +13,7 @@ RECIPES = MappingProxyType(
     {
         "default": Recipe(),
         "best": Recipe(nsamples=512, iters=1000),
-        "light": Recipe(iters=50, lr=1e-2),
+        "light": Recipe(iters=50),
         "rtn": Recipe(iters=0, start="plain", nsamples=1, heldout=0.0),
     }
 )

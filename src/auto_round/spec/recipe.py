@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from auto_round.errors import SpecError
 
 STARTS = ("plain", "search", "compensated")
+FEW_STEPS = 16  # from here down the first step is no longer
 
 
 @dataclass(frozen=True)
@@ -15,9 +16,10 @@ class Recipe:
     """Tuning settings.
 
     iters: sign-SGD steps per block; 0 is round-to-nearest from `start`, without steps.
-    lr: step size of the rounding offset V in code units; None is 1/iters. Falls linearly to 0.
+    lr: step size of the rounding offset V in code units; falls linearly to 0. None is 0.5 / iters, and 1 / iters in
+        layers of 2 bits, where rounding has more to gain; for few steps as if there were 16 (docs/ablations.md).
     minmax_lr: step size of the range multipliers alpha and beta; None is a fifth of lr, since a searched range is
-        near its best already; half of lr in layers of 2 bits (docs/ablations.md).
+        near its best already; half of lr in layers of 2 bits.
     nsamples, seqlen: calibration samples and tokens in each.
     batch_size: samples per forward; times gradient_accumulate_steps = samples per step.
     seed: draws the calibration samples and, with the block's index, each block's batches.
@@ -75,16 +77,15 @@ class Recipe:
         if not 0 <= self.heldout <= 0.5:
             raise SpecError(f"heldout={self.heldout!r} must lie between 0 and 0.5")
 
-    @property
-    def v_lr(self) -> float:
-        """Step size of V at the first step."""
-        return self.lr if self.lr is not None else 1.0 / max(self.iters, 1)
+    def v_lr(self, bits: int) -> float:
+        """Step size of V at the first step, in layers of so many bits."""
+        return self.lr if self.lr is not None else (1.0 if bits == 2 else 0.5) / max(self.iters, FEW_STEPS)
 
     def range_lr(self, bits: int) -> float:
         """Step size of alpha and beta at the first step, in layers of so many bits; 0 where ranges stay."""
         if not self.enable_minmax_tuning:
             return 0.0
-        return self.minmax_lr if self.minmax_lr is not None else self.v_lr / (2 if bits == 2 else 5)
+        return self.minmax_lr if self.minmax_lr is not None else self.v_lr(bits) / (2 if bits == 2 else 5)
 
     @property
     def samples(self) -> int:

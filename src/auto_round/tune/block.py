@@ -257,7 +257,8 @@ def _steps(
                 for name, layer in layers.items():
                     weight = task.linears[name].weight
                     if weight.grad is not None:
-                        layer.step(weight.grad, recipe.v_lr * share, recipe.range_lr(layer.scheme.bits) * share)
+                        bits = layer.scheme.bits
+                        layer.step(weight.grad, recipe.v_lr(bits) * share, recipe.range_lr(bits) * share)
                         weight.grad = None
                         layer.write_weight(weight.data)
             if iteration % report_every == 0:
