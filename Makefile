@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test clients slow lint types format clean
 
-SOURCES := src/auto_round/runtime/compiled.h src/auto_round/inference/kernels/native.c src/auto_round/tune/passes.c
+SOURCES := src/auto_round/runtime/compiled.h src/auto_round/inference/kernels/native.c src/auto_round/tune/passes.c src/auto_round/tune/columns.c
 
 $(VENV)/ready: pyproject.toml setup.py constraints.txt $(SOURCES)
 	$(PYTHON) -m venv $(VENV)

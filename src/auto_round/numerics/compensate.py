@@ -7,6 +7,7 @@ codes. Neither raises the output error (W - W') H (W - W')^T, with H the damped 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -69,64 +70,108 @@ def _inverse_factor(matrix: Tensor) -> bool:
     return not info
 
 
+@dataclass(frozen=True)
+class Run:
+    """Columns that are taken in turn, in their order, n of them and at most COLUMNS.
+
+    lower: (n, n) float32; below the diagonal, what a column's move adds to each later one. diagonal: (n,)
+    float32, what a column's own move is measured by. group: (n,) int64, the row of `scale` and `zero`, (groups, out)
+    float32, that each column has.
+    """
+
+    lower: Tensor
+    diagonal: Tensor
+    group: Tensor
+    scale: Tensor
+    zero: Tensor
+    max_code: int
+
+
+def round_run(values: Tensor, run: Run) -> Tensor:
+    """Round the columns of a run, each with what the errors of those before it add; return the errors (n, out).
+
+    values: (n, out) float32, a row for each column, replaced by its codes. An error is over the run's diagonal.
+    """
+    moves = torch.empty_like(values)
+    steps, shifts = run.scale[run.group], run.zero[run.group]
+    for j, (column, step, shift) in enumerate(zip(values, steps, shifts, strict=True)):
+        code = (column / step).round_().add_(shift).clamp_(0, run.max_code)
+        torch.sub(code, shift, out=moves[j]).mul_(step).sub_(column).div_(run.diagonal[j])
+        values[j + 1 :].addr_(run.lower[j + 1 :, j], moves[j])
+        values[j] = code
+    return moves
+
+
+def descend_run(pull: Tensor, codes: Tensor, run: Run) -> Tensor:
+    """Give the columns of a run better codes, in place; return the changes of their weights (n, out).
+
+    pull: (n, out) float32, the missing weights times the moment; used up. codes: (n, out) float32.
+    """
+    steps = run.scale[run.group]
+    slopes, moves = steps * run.diagonal[:, None], torch.empty_like(codes)
+    for j in range(len(codes)):
+        better = (pull[j] / slopes[j]).add_(codes[j]).round_().clamp_(0, run.max_code)
+        torch.sub(better, codes[j], out=moves[j]).mul_(steps[j])
+        codes[j] = better
+        pull[j + 1 :].addr_(run.lower[j + 1 :, j], moves[j])
+    return moves
+
+
 def compensated_codes(
-    weight: Tensor, scale: Tensor, zero: Tensor, width: int, max_code: int, known: Compensation
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    width: int,
+    max_code: int,
+    known: Compensation,
+    round_run: Callable[[Tensor, Run], Tensor] = round_run,
 ) -> Tensor:
     """Round column by column, moving each column's error into the columns that are still to come.
 
     weight: (out, in) float32. scale, zero: (out, groups) float32, each for `width` inputs, the last for what is left.
-    Returns codes (out, in) float32 in 0 .. max_code.
+    round_run: what rounds a run. Returns codes (out, in) float32 in 0 .. max_code.
     """
     order, factor = known.order, known.factor
     # Columns as rows: each is then contiguous, and the inner loop runs over whole cache lines.
     rest = weight.t()[order]
-    scales, zeros = scale.t().contiguous(), zero.t().contiguous()
-    count = rest.shape[0]
-    for begin in range(0, count, COLUMNS):
-        end = min(begin + COLUMNS, count)
-        group = order[begin:end] // width
-        steps, shifts = scales[group], zeros[group]
-        errors = torch.empty_like(rest[begin:end])
-        for j in range(begin, end):
-            column, step, shift = rest[j], steps[j - begin], shifts[j - begin]
-            code = (column / step).round_().add_(shift).clamp_(0, max_code)
-            error = torch.sub(code, shift).mul_(step).sub_(column).div_(factor[j, j])
-            rest[j + 1 : end].addr_(factor[j, j + 1 : end], error)
-            errors[j - begin] = error
-            rest[j] = code  # the column is done: its place holds its codes
-        rest[end:].addmm_(factor[begin:end, end:].t(), errors)
+    scales, zeros, group = scale.t().contiguous(), zero.t().contiguous(), order // width
+    for begin in range(0, len(order), COLUMNS):
+        part = slice(begin, begin + COLUMNS)
+        corner, later = factor[part, part], slice(begin + COLUMNS, None)
+        run = Run(corner.t(), corner.diagonal(), group[part], scales, zeros, max_code)
+        rest[later].addmm_(factor[part, later].t(), round_run(rest[part], run))
     codes = torch.empty_like(weight)
     codes.t()[order] = rest
     return codes
 
 
 def descended(
-    weight: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, width: int, max_code: int, known: Compensation
+    weight: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    width: int,
+    max_code: int,
+    known: Compensation,
+    descend_run: Callable[[Tensor, Tensor, Run], Tensor] = descend_run,
 ) -> Tensor:
     """Codes with a smaller error, by `SWEEPS` passes of coordinate descent over the columns.
 
-    Shapes as in `compensated_codes`; codes (out, in) float32 is where to begin, and what is returned in its place.
+    As `compensated_codes`; codes (out, in) float32 is where to begin, and what is returned in its place.
     """
     order, matrix = known.order, known.factor
     group = order // width
-    scales = scale.t().contiguous()
+    scales, zeros = scale.t().contiguous(), zero.t().contiguous()
     level = codes.t()[order]  # columns as rows, as above
-    missing = (zero.t()[group].sub_(level)).mul_(scales[group]).add_(weight.t()[order])
+    missing = zeros[group].sub_(level).mul_(scales[group]).add_(weight.t()[order])
     for _ in range(SWEEPS):
         pull = _times_moment(known, missing)
         for begin in range(0, len(order), COLUMNS):
-            end = min(begin + COLUMNS, len(order))
-            steps = scales[group[begin:end]]
-            slopes = steps * known.diagonal[begin:end, None]
-            moves = torch.empty_like(steps)
-            for j in range(begin, end):
-                better = (pull[j] / slopes[j - begin]).add_(level[j]).round_().clamp_(0, max_code)
-                torch.sub(better, level[j], out=moves[j - begin])
-                moves[j - begin].mul_(steps[j - begin])
-                level[j] = better
-                pull[j + 1 : end].addr_(matrix[j + 1 : end, j], moves[j - begin], alpha=-1)
-            pull[end:].addmm_(matrix[end:, begin:end], moves, alpha=-1)
-            missing[begin:end].sub_(moves)
+            part, later = slice(begin, begin + COLUMNS), slice(begin + COLUMNS, None)
+            run = Run(-matrix[part, part], known.diagonal[part], group[part], scales, zeros, max_code)
+            moves = descend_run(pull[part], level[part], run)
+            pull[later].addmm_(matrix[later, part], moves, alpha=-1)
+            missing[part].sub_(moves)
     codes.t()[order] = level
     return codes
 

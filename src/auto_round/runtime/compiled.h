@@ -1,4 +1,4 @@
-/* What the C code of this package shares: dtypes, and threads. */
+/* What the C code of this package shares: dtypes, threads, and instruction sets for code that is compiled for each. */
 
 #ifndef AUTO_ROUND_COMPILED_H
 #define AUTO_ROUND_COMPILED_H
@@ -62,5 +62,23 @@ INLINE void in_threads(void (*run)(void *), void *job, int threads) {
     if (threads > 1 && GOMP_parallel) GOMP_parallel(run, job, (unsigned)threads, 0);
     else run(job);
 }
+
+/* ---- instruction sets ---- */
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define FOR_AVX2 __attribute__((target("avx2")))
+#define FOR_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,prefer-vector-width=512")))
+
+/* How many paths this CPU can take: plain C, AVX2, AVX-512. */
+INLINE int paths_of_this_cpu(void) {
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2")) return 1;
+    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") ? 3 : 2;
+}
+#else
+#define FOR_AVX2
+#define FOR_AVX512
+INLINE int paths_of_this_cpu(void) { return 1; }
+#endif
 
 #endif

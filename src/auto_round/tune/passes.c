@@ -103,15 +103,10 @@ INLINE void step_rows(Job *job) { EACH_ROW(step_row) }
     static attribute void build_##name(void *job) { build_rows(job); } \
     static attribute void step_##name(void *job) { step_rows(job); }
 PATH(plain, )
-#if defined(__x86_64__) && defined(__GNUC__)
-PATH(avx2, __attribute__((target("avx2"))))
-PATH(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,prefer-vector-width=512"))))
+PATH(avx2, FOR_AVX2)
+PATH(avx512, FOR_AVX512)
 static void (*const BUILD[])(void *) = {build_plain, build_avx2, build_avx512};
 static void (*const STEP[])(void *) = {step_plain, step_avx2, step_avx512};
-#else
-static void (*const BUILD[])(void *) = {build_plain};
-static void (*const STEP[])(void *) = {step_plain};
-#endif
 
 static void over_rows(void (*run)(void *), Job *job, int threads) {
     job->groups = (job->inputs + job->width - 1) / job->width;
@@ -123,16 +118,7 @@ static void over_rows(void (*run)(void *), Job *job, int threads) {
 
 int auto_round_passes_abi(void) { return ABI; }
 
-/* How many paths this CPU can take: plain C, AVX2, AVX-512. */
-int auto_round_passes_paths(void) {
-#if defined(__x86_64__) && defined(__GNUC__)
-    __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2")) return 1;
-    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") ? 3 : 2;
-#else
-    return 1;
-#endif
-}
+int auto_round_passes_paths(void) { return paths_of_this_cpu(); }
 
 void auto_round_build(const float *weight, const float *offset, const float *scale, const float *zero, const float *low, void *out, int64_t rows,
                       int64_t inputs, int64_t width, int64_t stride, float most, int dtype, int path, int threads) {
