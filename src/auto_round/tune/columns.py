@@ -38,10 +38,10 @@ def compiled_loops() -> Loops | None:
         library = load_library(Path(__file__).parent, "_columns", "auto_round_columns_abi", ABI)
     except NotCompiledError:
         return None
-    pointers, rest = [ctypes.c_void_p], [*[ctypes.c_int64] * 2, ctypes.c_float, *[ctypes.c_int] * 2]
-    library.auto_round_round.argtypes = [*pointers * 7, *rest]
-    library.auto_round_descend.argtypes = [*pointers * 7, *rest]
-    library.auto_round_round.restype = library.auto_round_descend.restype = None
+    pointers, sizes, numbers = [ctypes.c_void_p] * 7, [ctypes.c_int64] * 2, [ctypes.c_int] * 2
+    for loop in (library.auto_round_round, library.auto_round_descend):
+        loop.argtypes = [*pointers, *sizes, ctypes.c_float, *numbers]
+        loop.restype = None
     return Loops(library.auto_round_round, library.auto_round_descend, int(library.auto_round_columns_paths()))
 
 
