@@ -14,6 +14,7 @@ from auto_round.errors import SpecError
 
 COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 ACCELERATORS = ("cuda", "xpu")
+MEASURED_SECONDS = 0.1
 
 
 def resolve_device(name: str | int | torch.device) -> torch.device:
@@ -46,24 +47,26 @@ def _count(kind: str) -> int:
 def fast_dtype(device: torch.device) -> torch.dtype:
     """The dtype to compute in: bfloat16 where its matmul beats float32's, else float32.
 
-    Accelerators are asked; on a CPU both are timed for a few milliseconds, since the gap is a factor of 2 one way or of
-    10 to 100 the other way.
+    Accelerators are asked; on a CPU both are timed in turns, since the gap is a factor of 2 one way or of 10 to 100 the
+    other way.
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type == "xpu":
         return torch.bfloat16
-    return torch.bfloat16 if _matmul_seconds(torch.bfloat16) < _matmul_seconds(torch.float32) else torch.float32
+    best = {torch.bfloat16: float("inf"), torch.float32: float("inf")}
+    # Longer than another process holds the cores at a time: its turns must not look like a slow dtype.
+    end = time.perf_counter() + MEASURED_SECONDS
+    while time.perf_counter() < end:
+        best = {dtype: min(seconds, _matmul_seconds(dtype)) for dtype, seconds in best.items()}
+    return min(best, key=lambda dtype: best[dtype])
 
 
-def _matmul_seconds(dtype: torch.dtype, size: int = 384, repeats: int = 5) -> float:
+def _matmul_seconds(dtype: torch.dtype, size: int = 384) -> float:
     a = torch.ones(size, size, dtype=dtype)
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - begin)
-    return min(times)
+    begin = time.perf_counter()
+    a @ a
+    return time.perf_counter() - begin
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
