@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from auto_round.tune.moments import Moments
+from auto_round.tune.moments import SPAN, Moments
 
 
 def test_moments_are_shared_and_forgotten_when_taken() -> None:
@@ -54,3 +54,14 @@ def test_moments_without_room_are_left_for_another_round() -> None:
             for owner in {moments.owner(name) for name in names}:
                 torch.testing.assert_close(moments.take(owner), expected[owner], rtol=0, atol=0)
         assert pending == []
+
+
+def test_both_triangles_are_there_also_where_inputs_go_in_spans() -> None:
+    width = 2 * SPAN + 5
+    moments, inputs = Moments({"a": nn.Linear(width, 1, device="meta")}), torch.randn(2, 3, width)
+    moments.next_batch(None)
+    moments.observe("a", inputs)
+    found = moments.take("a")
+    assert found is not None
+    assert torch.equal(found, found.t())
+    torch.testing.assert_close(found, (inputs.flatten(0, 1).t() @ inputs.flatten(0, 1)) / 6)

@@ -8,6 +8,8 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+SPAN = 256  # inputs whose products are taken at once
+
 
 class Moments:
     """Mean of x x^T over the tokens each Linear sees, as a context around the block's forward passes.
@@ -73,7 +75,11 @@ class Moments:
         """Mean x x^T, (in, in) float32, or None when no token reached the layer. It is forgotten here."""
         owner = self.owner(name)
         total = self._sums.pop(owner, None)
-        return total.div_(self._tokens[owner]) if total is not None and self._tokens[owner] else None
+        if total is None or not self._tokens[owner]:
+            return None
+        for begin, end in _spans(len(total)):
+            total[:begin, begin:end] = total[begin:end, :begin].t()
+        return total.div_(self._tokens[owner])
 
     def observe(self, name: str, inputs: Tensor) -> None:
         """Add what the Linear `name` is given: (batch, tokens, in), or (rows, in) where a model regroups tokens."""
@@ -92,9 +98,16 @@ class Moments:
         if name not in self._sums:
             self._sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
             self._tokens[name] = 0
-        self._sums[name].addmm_(rows.t(), rows)
+        for begin, end in _spans(
+            rows.shape[1]
+        ):  # x x^T is symmetric: what lies right of the diagonal is copied in `take`
+            self._sums[name][begin:end, :end].addmm_(rows[:, begin:end].t(), rows[:, :end])
         self._tokens[name] += rows.shape[0]
 
     def _fits(self, width: int) -> bool:
         held = sum(total.numel() for total in self._sums.values())
         return self._room is None or not self._sums or 4 * (held + width**2) <= self._room
+
+
+def _spans(width: int) -> list[tuple[int, int]]:
+    return [(begin, min(begin + SPAN, width)) for begin in range(0, width, SPAN)]
