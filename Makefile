@@ -25,7 +25,7 @@ slow: $(VENV)/ready  ## conformance with other software, long runs
 	$(BIN)/python -m pytest -m slow
 
 clients: $(VENV)/ready  ## the part of the slow tests that CI runs: real clients, and the contract as it is typed
-	$(BIN)/python -m pytest -m slow -k "test_contract or every_architecture_computes or client_computes" tests/test_contract.py tests/formats
+	$(BIN)/python -m pytest -m slow -k "test_contract or every_architecture_computes or client_computes or gptqmodel_reads" tests/test_contract.py tests/formats tests/inference
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

@@ -31,7 +31,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=12, do_sample=Fal
 API = """
 import sys
 from auto_round import AutoRound
-autoround = AutoRound(sys.argv[1], bits=4, group_size=128, sym=True, nsamples=4, seqlen=64, iters=1,
+autoround = AutoRound(sys.argv[1], bits=4, group_size=128, sym=True, nsamples=16, seqlen=128, iters=1,
                       low_gpu_mem_usage=True, dataset="builtin", device="cpu",
                       layer_config={"model.layers.6.self_attn.o_proj": {"bits": 2, "group_size": 32}})
 autoround.quantize_and_save(sys.argv[2], format="auto_round")
