@@ -17,7 +17,7 @@ from auto_round.load import dequantized_state_dict, load_qtensors
 pytestmark = pytest.mark.slow
 
 # What keeps a command that would tune for hours down to seconds.
-SHORT = ("--iters", "1", "--nsamples", "4", "--seqlen", "64", "--dataset", "builtin", "--device", "cpu")
+SHORT = ("--iters", "1", "--nsamples", "16", "--seqlen", "128", "--dataset", "builtin", "--device", "cpu")
 
 LOAD = """
 import sys
