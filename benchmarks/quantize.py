@@ -88,15 +88,15 @@ def main() -> None:
             "ours": json.loads(options.ours),
             "peer": json.loads(options.peer_options),
         }
-        runs = {}
-        if not options.no_ours:
-            runs["ours"] = tune(sys.executable, OURS, {**job, "output": f"{scratch}/ours"})
-        for index, words in enumerate(options.also):
-            also = {**job, "ours": json.loads(words), "output": f"{scratch}/also{index}"}
-            runs[f"ours {words}"] = tune(sys.executable, OURS, also)
+        ours = {} if options.no_ours else {"ours": job["ours"]}
+        ours |= {f"ours {words}": json.loads(words) for words in options.also}
+        runs = {
+            name: tune(sys.executable, OURS, {**job, "ours": keywords, "output": f"{scratch}/{name}"})
+            for name, keywords in ours.items()
+        }
         if options.peer:
             runs["peer"] = tune(options.peer, PEER, {**job, "output": f"{scratch}/peer"}, "-I")
-        scores = score(options, folders(Path(scratch), runs))
+        scores = score(options, {name: _model_folder(Path(scratch) / name) for name in runs})
     result = {
         "model": options.model.name,
         "scheme": scheme.name,
@@ -121,7 +121,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--eval_samples", type=int, default=16, help="samples of 512 tokens of each evaluation text")
     parser.add_argument("--peer", help="Python of an environment with auto-round 0.16.1")
-    parser.add_argument("--no_ours", action="store_true", help="run the peer alone")
+    parser.add_argument("--no_ours", action="store_true", help="leave out the run of --ours")
     parser.add_argument("--ours", default="{}", help="JSON of further keywords for our AutoRound")
     parser.add_argument("--also", action="append", default=[], help="the same for one more run of ours; any number")
     parser.add_argument("--peer_options", default="{}", help="JSON of further keywords for the peer's AutoRound")
@@ -139,12 +139,9 @@ def tune(python: str, code: str, job: dict[str, Any], *flags: str) -> dict[str, 
     return result
 
 
-def folders(scratch: Path, runs: dict[str, Any]) -> dict[str, Path]:
-    """Where each run's model lies; the peer puts it into a folder of its own below the one it is given."""
-    names = ["ours", *(f"also{i}" for i in range(len(runs))), "peer"]
-    places = [scratch / name for name in names if (scratch / name).exists()]
-    found = [next(file.parent for file in sorted(place.rglob("config.json"))) for place in places]
-    return dict(zip(runs, found, strict=True))
+def _model_folder(folder: Path) -> Path:
+    """The peer puts its model into a folder of its own below the one it is given."""
+    return next(file.parent for file in sorted(folder.rglob("config.json")))
 
 
 @torch.no_grad()

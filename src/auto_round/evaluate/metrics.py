@@ -13,7 +13,7 @@ from torch import Tensor
 
 from auto_round.errors import SpecError
 
-# float32 log-probabilities alive at once: 64 positions of a vocabulary of 262,144 are 67 MB a copy.
+# float32 log-probabilities alive at once: 16 positions of a vocabulary of 262,144 are 17 MB a copy.
 POSITIONS_AT_ONCE = 16
 
 

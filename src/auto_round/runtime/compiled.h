@@ -1,4 +1,4 @@
-/* What the C code of this package shares: dtypes, threads, and instruction sets for code that is compiled for each. */
+/* What the C code of this package shares: a clamp, dtypes, threads, and instruction sets for code that is compiled for each. */
 
 #ifndef AUTO_ROUND_COMPILED_H
 #define AUTO_ROUND_COMPILED_H
@@ -11,6 +11,8 @@
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
+
+INLINE float clamped(float level, float most) { return level < 0 ? 0 : level > most ? most : level; }
 
 /* ---- dtypes; rounding is to nearest, ties to even ---- */
 

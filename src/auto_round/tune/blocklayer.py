@@ -12,13 +12,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from auto_round.numerics.compensate import Compensation, compensated_codes, descended, offsets_for
+from auto_round.numerics.compensate import Compensation, offsets_for
 from auto_round.numerics.integer import quantise
 from auto_round.numerics.kpack import pack_blocks
 from auto_round.numerics.kquant import CHUNK, Grid, half, plain_grid, search_grid, to_fields
 from auto_round.qtensor import BlockTensor
 from auto_round.spec.blocks import BlockScheme
-from auto_round.tune.columns import descend_run, round_run
+from auto_round.tune.columns import rounded_codes
 from auto_round.tune.layer import SEARCHED_BOUNDS, require_finite
 from auto_round.tune.passes import Grids, build_weight, row_chunks, step_offsets
 from auto_round.tune.start import Inputs
@@ -113,8 +113,7 @@ class BlockLayer:
         scale = step.expand(*self.weight.shape[:-1], 1).flatten(1)
         zero = torch.full_like(scale, float(self.scheme.zero))
         shifted = (self.weight + low).flatten(1)
-        codes = compensated_codes(shifted, scale, zero, self.scheme.width, self.scheme.max_code, known, round_run)
-        codes = descended(shifted, codes, scale, zero, self.scheme.width, self.scheme.max_code, known, descend_run)
+        codes = rounded_codes(shifted, scale, zero, self.scheme.width, self.scheme.max_code, known)
         for rows in row_chunks(self.weight):
             level = codes[rows].view_as(self.weight[rows])
             self.offset[rows] = offsets_for(self.weight[rows] + low[rows], level, step[rows], self._zero)

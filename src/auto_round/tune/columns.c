@@ -26,10 +26,13 @@ typedef struct {
     int64_t next;
 } Job;
 
-INLINE float clamped(float level, float most) { return level < 0 ? 0 : level > most ? most : level; }
-
 INLINE void gather(float *to, const float *from, int64_t lanes, float rest) {
     for (int64_t l = 0; l < SLAB; l++) to[l] = l < lanes ? from[l] : rest;
+}
+
+/* One row of a slab back to its place. */
+INLINE void put(float *to, const float *from, const Job *job, int64_t j, int64_t first) {
+    memcpy(to + j * job->outputs + first, from, (size_t)MIN(SLAB, job->outputs - first) * 4);
 }
 
 /* values of column j: what was there, plus what the columns before it have added */
@@ -60,8 +63,8 @@ INLINE void round_slabs(Job *job) {
                 moved[j][l] = ((code - shift[l]) * step[l] - value[l]) / diagonal;
                 value[l] = code;
             }
-            memcpy(job->values + j * job->outputs + first, value, (size_t)lanes * 4);
-            memcpy(job->moves + j * job->outputs + first, moved[j], (size_t)lanes * 4);
+            put(job->values, value, job, j, first);
+            put(job->moves, moved[j], job, j, first);
         }
     }
 }
@@ -81,8 +84,8 @@ INLINE void descend_slabs(Job *job) {
                 moved[j][l] = (code - old[l]) * step[l];
                 old[l] = code;
             }
-            memcpy(job->codes + j * job->outputs + first, old, (size_t)lanes * 4);
-            memcpy(job->moves + j * job->outputs + first, moved[j], (size_t)lanes * 4);
+            put(job->codes, old, job, j, first);
+            put(job->moves, moved[j], job, j, first);
         }
     }
 }

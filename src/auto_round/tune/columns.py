@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from auto_round.numerics import compensate
-from auto_round.numerics.compensate import Run
+from auto_round.numerics.compensate import Compensation, Run
 from auto_round.runtime.compiled import NotCompiledError, load_library
 
 ABI = 1
@@ -43,6 +43,14 @@ def compiled_loops() -> Loops | None:
         loop.argtypes = [*pointers, *sizes, ctypes.c_float, *numbers]
         loop.restype = None
     return Loops(library.auto_round_round, library.auto_round_descend, int(library.auto_round_columns_paths()))
+
+
+def rounded_codes(
+    weight: Tensor, scale: Tensor, zero: Tensor, width: int, max_code: int, known: Compensation
+) -> Tensor:
+    """Error-compensated codes, improved by coordinate descent; see `compensate.compensated_codes`."""
+    codes = compensate.compensated_codes(weight, scale, zero, width, max_code, known, round_run)
+    return compensate.descended(weight, codes, scale, zero, width, max_code, known, descend_run)
 
 
 def round_run(values: Tensor, run: Run, path: int | None = None) -> Tensor:

@@ -98,9 +98,8 @@ class Moments:
         if name not in self._sums:
             self._sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
             self._tokens[name] = 0
-        for begin, end in _spans(
-            rows.shape[1]
-        ):  # x x^T is symmetric: what lies right of the diagonal is copied in `take`
+        # The sum is symmetric: what lies right of the diagonal is copied in `take`.
+        for begin, end in _spans(rows.shape[1]):
             self._sums[name][begin:end, :end].addmm_(rows[:, begin:end].t(), rows[:, :end])
         self._tokens[name] += rows.shape[0]
 

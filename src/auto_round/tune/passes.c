@@ -33,8 +33,6 @@ typedef struct {
 
 INLINE float level_of(float ratio, float offset, float zero) { return rintf(ratio + offset) + zero; }
 
-INLINE float clamped(float level, float most) { return level < 0 ? 0 : level > most ? most : level; }
-
 /* W' = s * (clamp(round((W + low)/s + V) + z, 0, M) - z) - low */
 INLINE void build_row(const Job *job, int64_t row) {
     float fake[CHUNK];

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from auto_round.numerics.compensate import Compensation, compensated_codes, compensation, descended, offsets_for
+from auto_round.numerics.compensate import Compensation, compensation, offsets_for
 from auto_round.numerics.groups import expand_groups, to_groups
 from auto_round.numerics.integer import asym_grid, asym_range, storable, sym_anchor
 from auto_round.numerics.search import search_asym, search_sym
 from auto_round.spec.scheme import Scheme
-from auto_round.tune.columns import descend_run, round_run
+from auto_round.tune.columns import rounded_codes
 
 ROW_CHUNK = 1 << 18  # weights searched at a time: the passes then stay in a core's cache
 
@@ -97,8 +97,7 @@ def make_start(weight: Tensor, scheme: Scheme, kind: str, inputs: Inputs | None)
     if inputs is None or inputs.compensation is None:
         return Start(scale, zero, None)
     scales, zeros = scale[..., 0], zero[..., 0]
-    offset = compensated_codes(weight, scales, zeros, width, scheme.max_code, inputs.compensation, round_run)
-    offset = descended(weight, offset, scales, zeros, width, scheme.max_code, inputs.compensation, descend_run)
+    offset = rounded_codes(weight, scales, zeros, width, scheme.max_code, inputs.compensation)
     for begin in range(0, len(weight), rows := max(1, ROW_CHUNK // in_features)):
         part = slice(begin, begin + rows)
         steps, shifts = (expand_groups(values[part], width, in_features) for values in (scales, zeros))
