@@ -171,9 +171,9 @@ INLINE TARGET_AVX2 __m256i start_256(const Segment *s, int32_t sum, int at) {
 }
 
 INLINE TARGET_AVX2 void
-finish_256(const Segment *s, const __m256i *acc, float step, float *total, int at, const int planes) {
+finish_256(const Segment *s, const __m256i *acc, float step, float *total, int at, const int planes, const float base) {
     __m256 value = _mm256_cvtepi32_ps(acc[0]);
-    for (int p = 1; p < planes; p++) value = _mm256_fmadd_ps(value, _mm256_set1_ps(128), _mm256_cvtepi32_ps(acc[p]));
+    for (int p = 1; p < planes; p++) value = _mm256_fmadd_ps(value, _mm256_set1_ps(base), _mm256_cvtepi32_ps(acc[p]));
     __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(s->scales + at)));
     __m256 before = _mm256_loadu_ps(total + at);
     _mm256_storeu_ps(total + at, _mm256_fmadd_ps(value, _mm256_mul_ps(scale, _mm256_set1_ps(step)), before));
@@ -187,6 +187,7 @@ INLINE TARGET_AVX2 void ahead(const void *at) { _mm_prefetch((const char *)at + 
 /* Quad t of a packed unit, 8 outputs from where `from` points into its vectors. */
 INLINE TARGET_AVX2 __m256i take_256(const uint8_t *from, const int t, const int bits) {
     const __m256i first = _mm256_loadu_si256((const __m256i *)(from + (bits == 3 ? t / 4 * VECTOR : 0)));
+    if (bits == 8) return first;
     if (bits == 4) return _mm256_and_si256(_mm256_srli_epi16(first, 4 * t), _mm256_set1_epi8(15));
     const __m256i low = _mm256_and_si256(_mm256_srli_epi16(first, 2 * (t % 4)), _mm256_set1_epi8(3));
     if (bits == 2) return low;
@@ -218,7 +219,6 @@ INLINE TARGET_AVX2 void dot_avx2(const Segment *s, const int8_t *digits, const i
             for (; q < stop; q++) {
                 const __m256i *w = (const __m256i *)(s->codes + q * VECTOR + 4 * at);
                 const __m256i low = _mm256_loadu_si256(w), high = _mm256_loadu_si256(w + 1);
-                if (tokens == 1) ahead(w);
                 for (int r = 0; r < rows; r++) {
                     const __m256i d = _mm256_set1_epi32(QUAD(digits + r * s->padded, q));
                     pairs[0][r] = add_pairs(pairs[0][r], low, d);
@@ -230,41 +230,67 @@ INLINE TARGET_AVX2 void dot_avx2(const Segment *s, const int8_t *digits, const i
         }
         for (int t = 0; t < tokens; t++)
             for (int h = 0; h < 2; h++)
-                finish_256(s, acc[h] + t * planes, step[t * s->segments], total + t * TILE, at + 8 * h, planes);
+                finish_256(s, acc[h] + t * planes, step[t * s->segments], total + t * TILE, at + 8 * h, planes, 128);
     }
 }
 
-/* A lone token: codes go from their packed form to the products in registers. */
+/* A lone token: codes go from their packed form to the products in registers. The last two planes end in one sum, of
+   128 times the first and the second: at most 255 * 64 * 129 * 128 < 2^31. All 32 outputs at a time where registers suffice. */
 INLINE TARGET_AVX2 void lone_avx2(const Segment *s, const int8_t *digits, const int32_t *sums, const float *step, float *total,
                                   const int planes, const int bits) {
-    const int quads = unit_of(bits) / 4, bytes = unit_of(bits) * TILE * bits / 8, run = 16;
-    const __m256i ones = _mm256_set1_epi16(1);
-    for (int at = 0; at < TILE; at += 16) {
-        __m256i acc[2][MAX_PLANES];
-        for (int p = 0; p < planes; p++)
-            for (int h = 0; h < 2; h++) acc[h][p] = start_256(s, sums[p * s->segments], at + 8 * h);
+    const int quads = unit_of(bits) / 4, bytes = unit_of(bits) * TILE * bits / 8, run = bits == 8 ? 1 : 16;
+    const int parts = planes == 2 ? 4 : 2, last = planes - 2; /* vectors of outputs at a time; the sum of the last two planes */
+    const __m256i ones = _mm256_set1_epi16(1), times = _mm256_set1_epi16(128);
+    const int32_t sum = sums[last * s->segments] * 128 + sums[(last + 1) * s->segments];
+    for (int at = 0; at < TILE; at += 8 * parts) {
+        __m256i acc[4][2];
+        for (int h = 0; h < parts; h++) {
+            if (last) acc[h][0] = start_256(s, sums[0], at + 8 * h);
+            acc[h][last] = start_256(s, sum, at + 8 * h);
+        }
         const uint8_t *from = s->codes + 4 * at;
         for (int64_t q = 0; q < s->quads;) {
             const int64_t stop = MIN(q + run, s->quads);
-            __m256i pairs[2][MAX_PLANES];
-            for (int p = 0; p < planes; p++) pairs[0][p] = pairs[1][p] = _mm256_setzero_si256();
+            __m256i pairs[4][MAX_PLANES];
+            for (int p = 0; p < planes; p++)
+                for (int h = 0; h < parts; h++) pairs[h][p] = _mm256_setzero_si256();
             for (; q < stop; q += quads, from += bytes) {
-                for (int b = 0; b < bytes; b += VECTOR) ahead(from + b);
+                for (int b = 0; b < bytes; b += VECTOR)
+                    for (int line = 0; line < parts / 2; line++) ahead(from + b + 64 * line);
                 for (int t = 0; t < quads; t++) {
-                    const __m256i low = take_256(from, t, bits), high = take_256(from + 32, t, bits);
-                    for (int p = 0; p < planes; p++) {
-                        const __m256i d = _mm256_set1_epi32(QUAD(digits + p * s->padded, q + t));
-                        pairs[0][p] = _mm256_add_epi16(pairs[0][p], _mm256_maddubs_epi16(low, d));
-                        pairs[1][p] = _mm256_add_epi16(pairs[1][p], _mm256_maddubs_epi16(high, d));
+                    __m256i d[MAX_PLANES];
+                    for (int p = 0; p < planes; p++) d[p] = _mm256_set1_epi32(QUAD(digits + p * s->padded, q + t));
+                    for (int h = 0; h < parts; h++) {
+                        const __m256i w = take_256(from + 32 * h, t, bits);
+                        for (int p = 0; p < planes; p++)
+                            pairs[h][p] = bits == 8 ? _mm256_maddubs_epi16(w, d[p]) : add_pairs(pairs[h][p], w, d[p]);
                     }
                 }
             }
-            for (int p = 0; p < planes; p++)
-                for (int h = 0; h < 2; h++) acc[h][p] = _mm256_add_epi32(acc[h][p], _mm256_madd_epi16(pairs[h][p], ones));
+            for (int h = 0; h < parts; h++) {
+                if (last) acc[h][0] = _mm256_add_epi32(acc[h][0], _mm256_madd_epi16(pairs[h][0], ones));
+                acc[h][last] = _mm256_add_epi32(acc[h][last], _mm256_madd_epi16(pairs[h][last], times));
+                acc[h][last] = _mm256_add_epi32(acc[h][last], _mm256_madd_epi16(pairs[h][last + 1], ones));
+            }
         }
-        for (int h = 0; h < 2; h++) finish_256(s, acc[h], *step, total, at + 8 * h, planes);
+        for (int h = 0; h < parts; h++) finish_256(s, acc[h], *step, total, at + 8 * h, planes - 1, 16384);
     }
 }
+
+/* Functions of their own: in one with all of them, GCC keeps the addresses of the innermost loops in memory. */
+#define APART(name, body)                                                                                                \
+    static TARGET_AVX2 __attribute__((noinline)) void name(const Segment *s, const int8_t *d, const int32_t *m, const float *f, \
+                                                           float *y) {                                                \
+        body;                                                                                                         \
+    }
+#define APART_PLANES(planes)                                                                                          \
+    APART(avx2_##planes##_tokens_2, dot_avx2(s, d, m, f, y, planes, 2))                                               \
+    APART(avx2_##planes##_bits_2, lone_avx2(s, d, m, f, y, planes, 2))                                                \
+    APART(avx2_##planes##_bits_3, lone_avx2(s, d, m, f, y, planes, 3))                                                \
+    APART(avx2_##planes##_bits_4, lone_avx2(s, d, m, f, y, planes, 4))                                                \
+    APART(avx2_##planes##_tokens_1, if (s->bits == 8) lone_avx2(s, d, m, f, y, planes, 8); else dot_avx2(s, d, m, f, y, planes, 1))
+APART_PLANES(2)
+APART_PLANES(3)
 
 #if VNNI_256
 INLINE TARGET_AVXVNNI void
@@ -282,7 +308,7 @@ dot_avxvnni(const Segment *s, const int8_t *digits, const int32_t *sums, const f
                 acc[1][p] = _mm256_dpbusd_avx_epi32(acc[1][p], high, d);
             }
         }
-        for (int h = 0; h < 2; h++) finish_256(s, acc[h], *step, total, at + 8 * h, planes);
+        for (int h = 0; h < 2; h++) finish_256(s, acc[h], *step, total, at + 8 * h, planes, 128);
     }
 }
 
@@ -301,7 +327,7 @@ INLINE TARGET_AVXVNNI void lone_avxvnni(const Segment *s, const int8_t *digits, 
                     for (int p = 0; p < planes; p++)
                         acc[h][p] = _mm256_dpbusd_avx_epi32(acc[h][p], w, _mm256_set1_epi32(QUAD(digits + p * s->padded, q + t)));
                 }
-        for (int h = 0; h < 2; h++) finish_256(s, acc[h], *step, total, at + 8 * h, planes);
+        for (int h = 0; h < 2; h++) finish_256(s, acc[h], *step, total, at + 8 * h, planes, 128);
     }
 }
 #endif
@@ -407,11 +433,11 @@ typedef void Dots(const Segment *, const int8_t *digits, const int32_t *sums, co
     else if (s->bits == 3) LONE(planes, 3);                                                                           \
     else LONE(planes, 4);
 #define CALL_PLAIN(planes, count) dot_plain(s, d, m, f, y, planes)
-#define CALL_AVX2(planes, count) dot_avx2(s, d, m, f, y, planes, count)
+#define CALL_AVX2(planes, count) avx2_##planes##_tokens_##count(s, d, m, f, y)
 #define CALL_AVXVNNI(planes, count) dot_avxvnni(s, d, m, f, y, planes)
 #define CALL_AVX512(planes, count) dot_avx512(s, d, m, f, y, planes, count)
 #define LONE_PLAIN(planes, bits) (void)0
-#define LONE_AVX2(planes, bits) lone_avx2(s, d, m, f, y, planes, bits)
+#define LONE_AVX2(planes, bits) avx2_##planes##_bits_##bits(s, d, m, f, y)
 #define LONE_AVXVNNI(planes, bits) lone_avxvnni(s, d, m, f, y, planes, bits)
 #define LONE_AVX512(planes, bits) lone_avx512(s, d, m, f, y, planes, bits)
 DOTS(plain, , 1, 1, CALL_PLAIN, LONE_PLAIN)
