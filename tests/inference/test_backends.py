@@ -104,6 +104,25 @@ def test_every_instruction_set_gives_the_same(isa: int, dtype: torch.dtype) -> N
 
 
 @built
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("zero", ["lowest", "highest"])
+def test_the_largest_sums_fit(bits: int, sign: float, zero: str) -> None:
+    """Every code, zero point and activation of a segment at the end of its range."""
+    found = native.library()
+    assert isinstance(found, native.Library)
+    most = 2**bits - 1
+    code, point = (most, 0) if zero == "lowest" else (0, most)
+    codes, zeros = torch.full((32, 128), code, dtype=torch.uint8), torch.full((32, 1), point, dtype=torch.uint8)
+    tensor = QTensor(codes, torch.ones(32, 1).half(), zeros, Scheme(bits, 128, sym=False))
+    for isa, dtype, tokens in itertools.product(found.isas, native.DTYPES, (1, 2, 3)):
+        y = native.native_linear(torch.full((tokens, 128), sign, dtype=dtype), Tiles.of(tensor), None, isa)
+        torch.testing.assert_close(
+            y.double(), torch.full_like(y, sign * (code - point) * 128).double(), rtol=4e-3, atol=0
+        )
+
+
+@built
 def test_the_operator_s_twin_fake_and_gradient() -> None:
     tiles = Tiles.of(random_qtensor(70, 100, Scheme(3, 48, sym=False), 0, seed=5))
     x = torch.randn(2, 3, 100, requires_grad=True)
