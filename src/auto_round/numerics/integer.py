@@ -2,9 +2,10 @@
 
 All weights are grouped, (out, groups, width) float32; scales and zero points are (out, groups, 1) float32. With codes
 q = clamp(round(W/s + V) + z, 0, M) and W' = s * (q - z), the straight-through estimator (SignRound, arXiv 2309.05516)
-passes gradients through round everywhere and through clamp inside the range only:
+passes gradients of V and z through round everywhere and through clamp inside the range only; s meets the codes as they are,
+which V moves already (SignRound takes inside * W/s away; that ends 4 to 5% worse, see docs/ablations.md):
 
-    dW'/dV = s * inside        dW'/ds = (q - z) - inside * W/s        dW'/dz = s * (inside - 1)
+    dW'/dV = s * inside        dW'/ds = q - z        dW'/dz = s * (inside - 1)
 
 so G = dL/dW' is all that has to come out of the block's backward pass. The symmetric scheme is z = 2^(bits-1).
 """
@@ -64,11 +65,10 @@ def gradients(
 
     Shapes: (out, groups, width), (out, groups, 1), (out, groups, 1); float32.
     """
-    ratio = weight / scale
-    level = (ratio + offset).round_().add_(zero)
+    level = (weight / scale).add_(offset).round_().add_(zero)
     clamped = level.clamp(0, max_code)
     inside = (level == clamped).to(weight.dtype)
     grad_inside = grad * inside
-    scale_grad = (grad * clamped.sub_(zero)).sub_(ratio.mul_(grad_inside)).sum(-1, keepdim=True)
+    scale_grad = (grad * clamped.sub_(zero)).sum(-1, keepdim=True)
     zero_grad = scale * (grad_inside - grad).sum(-1, keepdim=True)
     return grad_inside.mul_(torch.sign(scale)), scale_grad, zero_grad

@@ -52,9 +52,9 @@ INLINE void build_row(const Job *job, int64_t row) {
 
 #define STEP_ONE(i, lane)                                                                                   \
     {                                                                                                       \
-        const float g = grad[i], ratio = (weight[i] + low) / scale, level = level_of(ratio, offset[i], zero);       \
+        const float g = grad[i], level = level_of((weight[i] + low) / scale, offset[i], zero);              \
         const float code = clamped(level, most), inside = level == code ? g : 0;                            \
-        for_scale[lane] += g * (code - zero) - ratio * inside;                                              \
+        for_scale[lane] += g * (code - zero);                                                               \
         for_zero[lane] += inside - g;                                                                       \
         offset[i] -= inside > 0 ? lr : inside < 0 ? -lr : 0;                                                \
     }
