@@ -52,17 +52,18 @@ class Device:
 def test_a_device_that_runs_out_gets_fewer_samples_and_the_same_steps(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tuned(llama_folder, tmp_path / "whole")
+    # A plain start: codes that a start chooses by sums over samples depend on how these round, and steps make more of it.
+    tuned(llama_folder, tmp_path / "whole", start="plain")
     device = Device(2)
     monkeypatch.setattr(runner, "tune_block", device)
-    tuned(llama_folder, tmp_path / "parts")
+    tuned(llama_folder, tmp_path / "parts", start="plain")
     assert device.tried == [4, 2, 2]  # found out once, kept for the next block
     same = total = 0
     other = dict(load_qtensors(tmp_path / "parts"))
     for name, tensor in load_qtensors(tmp_path / "whole"):
         same += int((tensor.codes == other[name].codes).sum())
         total += tensor.codes.numel()
-    assert same > 0.98 * total  # but for gradients next to 0, whose sums round differently
+    assert same > 0.999 * total  # but for gradients next to 0; steps of 2 samples give 0.992
     device.room = 0
     with pytest.raises(AutoRoundError, match="even for one sample"):
         tuned(llama_folder, tmp_path / "none")
