@@ -52,7 +52,7 @@ class Device:
 def test_a_device_that_runs_out_gets_fewer_samples_and_the_same_steps(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A plain start: codes that a start chooses by sums over samples depend on how these round, and steps make more of it.
+    # A plain start: a better one chooses codes by sums over samples, and steps make more of how these round.
     tuned(llama_folder, tmp_path / "whole", start="plain")
     device = Device(2)
     monkeypatch.setattr(runner, "tune_block", device)
