@@ -37,7 +37,7 @@ EVALUATED_SEQLEN = 256
 SETTINGS: Mapping[str, Any] = {
     "scheme": "W4A16",
     "output_dir": "tmp_autoround_demo",
-    "iters": 20,
+    "iters": 6,
     "nsamples": 32,
     "seqlen": 256,
     "batch_size": 8,
