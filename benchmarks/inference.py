@@ -68,6 +68,7 @@ def cases(model: Path, work: Path, args: argparse.Namespace) -> list[Case]:
         Case("native 4 bits, compiled", folders[4], here, ("--compile",)),
         Case("native 4 bits, 8-bit head, compiled", folders[4], here, (*eight, "--compile")),
         Case("native 4 bits, AVX2 alone", folders[4], here, ("--isa", str(INSTRUCTION_SETS.index("AVX2")))),
+        Case("int4pack 4 bits", folders[4], here, ("--backend", "int4pack")),
         Case("torch_reference 4 bits", folders[4], here, ("--backend", "torch", "--new_tokens", "4")),
     ]
     if args.small:

@@ -117,9 +117,8 @@ def test_the_largest_sums_fit(bits: int, sign: float, zero: str) -> None:
     tensor = QTensor(codes, torch.ones(32, 1).half(), zeros, Scheme(bits, 128, sym=False))
     for isa, dtype, tokens in itertools.product(found.isas, native.DTYPES, (1, 2, 3)):
         y = native.native_linear(torch.full((tokens, 128), sign, dtype=dtype), Tiles.of(tensor), None, isa)
-        torch.testing.assert_close(
-            y.double(), torch.full_like(y, sign * (code - point) * 128).double(), rtol=4e-3, atol=0
-        )
+        expected = torch.full_like(y, sign * (code - point) * 128, dtype=torch.float64)
+        torch.testing.assert_close(y.double(), expected, rtol=NATIVE_TOLERANCE[dtype], atol=0)
 
 
 @built

@@ -3,7 +3,7 @@
 All weights are grouped, (out, groups, width) float32; scales and zero points are (out, groups, 1) float32. With codes
 q = clamp(round(W/s + V) + z, 0, M) and W' = s * (q - z), the straight-through estimator (SignRound, arXiv 2309.05516)
 passes gradients of V and z through round everywhere and through clamp inside the range only; s meets the codes as they
-are, which V moves already (SignRound takes inside * W/s away; that ends 4 to 5% worse, see docs/ablations.md):
+are, which V moves already (SignRound takes inside * W/s away; that ends 4 to 7% worse, see docs/ablations.md):
 
     dW'/dV = s * inside        dW'/ds = q - z        dW'/dz = s * (inside - 1)
 

@@ -468,7 +468,7 @@ INLINE void multiply(const Job *job, int64_t first, int64_t last, int64_t token,
                 const uint8_t *codes = job->codes + tile * job->tile_bytes + offset;
                 const Segment s = {unpacks ? unpacked : codes, job->zeros ? job->zeros + scale_at : NULL,
                                    job->scales + scale_at, inputs / 4, job->padded, job->segments, bits, packed};
-                if (job->streams > 1 && job->isa != AVX2)
+                if (job->streams > 1 && !(packed && job->isa == AVX2)) /* where a lone token asks for its codes itself */
                     for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(codes + AHEAD + b);
                 if (unpacks) unpack(codes, unpacked, inputs / 4, bits);
                 dots(&s, digits + at, job->sums + segment + token * (planes - 1) * job->segments, job->steps + segment,
