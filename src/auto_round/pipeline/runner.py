@@ -162,7 +162,7 @@ class Runner:
         )
         tuned = None
         while tuned is None:
-            tuned = self._tuned(loaded, task, Activations(loaded.inputs, loaded.targets, mask))
+            tuned = self._tuned(loaded, task, Activations.of(loaded.inputs, loaded.targets, mask))
         return self._finish(tuned.tensors, self._stats(loaded.index, loaded.name, len(planned), begin, tuned))
 
     def _tuned(self, loaded: LoadedBlock, task: BlockTask, activations: Activations) -> TunedBlock | None:

@@ -173,7 +173,7 @@ def _passes(
     )
 
     def tuned(iters: int) -> None:
-        data = Activations(inputs, targets, None)
+        data = Activations.of(inputs, targets, None)
         tune_block(task, data, replace(recipe, iters=iters), generator_for(0, "timing"), job.device, lambda *_: None)
 
     trials = len({round(share * STEPS) for share in CHECKPOINTS}) * once

@@ -19,6 +19,7 @@ from auto_round.tune.starting import Layer, start_layer
 
 # Shares of the steps after which the codes are tried on the held-out samples; the last are the likely winners.
 CHECKPOINTS = (0.5, 0.75, 1.0)
+LARGEST = 4.0  # a token's size in the loss, in medians of all tokens' sizes
 STATE_BYTES = 8  # of each weight while it is tuned: W and V in float32
 
 
@@ -27,17 +28,26 @@ class Activations:
     """What a block sees and should give, for all samples.
 
     inputs, targets: (samples, tokens, hidden), on the device or on the host. mask: (samples, tokens) bool, True where
-    a real token is; None when there is no padding.
+    a real token is; None when there is no padding. weights: what each token counts in the loss, see `token_weights`.
     """
 
     inputs: Tensor
     targets: Tensor
     mask: Tensor | None
+    weights: Tensor
 
-    def pick(self, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Inputs, targets and mask of the samples `rows`, on `device`."""
-        mask = None if self.mask is None else self.mask[rows].to(device)
-        return self.inputs[rows].to(device), self.targets[rows].to(device), mask
+    @classmethod
+    def of(cls, inputs: Tensor, targets: Tensor, mask: Tensor | None) -> Activations:
+        """All of them, with the weights that the targets ask for."""
+        return cls(inputs, targets, mask, token_weights(targets, mask))
+
+    def pick(self, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs, targets and weights of the samples `rows`, on `device`."""
+        return self.inputs[rows].to(device), self.targets[rows].to(device), self.weights[rows].to(device)
+
+    def masked(self, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Inputs and mask of the samples `rows`, on `device`."""
+        return self.inputs[rows].to(device), None if self.mask is None else self.mask[rows].to(device)
 
 
 @dataclass(frozen=True)
@@ -70,12 +80,24 @@ class BlockTask:
     schemes: Mapping[str, Scheme]
 
 
-def masked_square_error(output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-    """Sum of squared differences in float32 over the tokens of `mask` (all when None)."""
+def token_weights(targets: Tensor, mask: Tensor | None) -> Tensor:
+    """What each token counts in the loss: (samples, tokens) float32 on the targets' device, 0 for padding.
+
+    A token's size is the mean square of its target (samples, tokens, ...). Up to 4 medians it counts 1; above, only as
+    much as if its size were that. Nearly all of a plain square error can be that of one token, such as a model's first
+    (massive activations, arXiv 2402.17762), whose error in the end is no part of what the other tokens are made of.
+    """
+    sizes = torch.stack([sample.float().square().flatten(1).mean(1) for sample in targets])
+    real = torch.ones_like(sizes, dtype=torch.bool) if mask is None else mask.to(sizes.device)
+    median = sizes[real].median() if real.any() else sizes.new_zeros(())
+    weights = (LARGEST * median / sizes).clamp_max(1) if median else torch.ones_like(sizes)
+    return weights * real
+
+
+def weighted_square_error(output: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """Sum over the tokens of their weight (samples, tokens) times their squared differences, in float32."""
     difference = output.float() - target.float()
-    if mask is not None:
-        difference = difference * mask.reshape(*mask.shape, *[1] * (difference.dim() - 2))
-    return difference.square().sum()
+    return (difference.square().flatten(2).sum(2) * weights).sum()
 
 
 def tune_block(
@@ -127,11 +149,11 @@ def tune_block(
 
 @torch.no_grad()
 def evaluate(task: BlockTask, activations: Activations, rows: Tensor, batch_size: int, device: torch.device) -> float:
-    """Mean squared error of the block with its present weights over the samples `rows`."""
+    """Mean squared error, tokens weighted, of the block with its present weights over the samples `rows`."""
     total = torch.zeros((), device=device, dtype=torch.float64)
     for batch in rows.split(batch_size):
-        inputs, targets, mask = activations.pick(batch, device)
-        total += masked_square_error(task.run(inputs, batch), targets, mask)
+        inputs, targets, weights = activations.pick(batch, device)
+        total += weighted_square_error(task.run(inputs, batch), targets, weights)
     return float(total) / _values(activations, rows)
 
 
@@ -193,7 +215,7 @@ def _moments(
     """Second moments of the inputs of `linears` over all samples, as many as `room` bytes hold."""
     with Moments(linears, room) as moments:
         for batch in torch.arange(activations.inputs.shape[0]).split(recipe.batch_size):
-            inputs, _, mask = activations.pick(batch, device)
+            inputs, mask = activations.masked(batch, device)
             moments.next_batch(mask)
             task.run(inputs, batch)
     return moments
@@ -248,8 +270,8 @@ def _steps(
             values = _values(activations, rows)
             total = torch.zeros((), device=device)
             for batch in rows.split(recipe.batch_size):
-                inputs, targets, mask = activations.pick(batch, device)
-                loss = masked_square_error(task.run(inputs, batch), targets, mask) / values
+                inputs, targets, weights = activations.pick(batch, device)
+                loss = weighted_square_error(task.run(inputs, batch), targets, weights) / values
                 loss.backward()
                 total += loss.detach()
             share = 1 - iteration / recipe.iters

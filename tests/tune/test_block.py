@@ -1,0 +1,61 @@
+"""What a block's loss is made of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from auto_round.spec.recipe import Recipe
+from auto_round.spec.scheme import Scheme
+from auto_round.tune.block import Activations, BlockTask, token_weights, tune_block, weighted_square_error
+
+
+def sized(*sizes: float) -> Tensor:
+    """Targets (1, tokens, 3) whose tokens have these mean squares."""
+    return torch.tensor(sizes).sqrt()[None, :, None].expand(1, -1, 3)
+
+
+def test_a_massive_token_counts_as_one_of_four_medians() -> None:
+    weights = token_weights(sized(1, 2, 2, 3, 8, 8000), None)
+    torch.testing.assert_close(weights, torch.tensor([[1, 1, 1, 1, 1, 1e-3]]))
+
+
+def test_padding_counts_nothing_and_moves_no_median() -> None:
+    mask = torch.tensor([[False, False, True, True, True]])
+    weights = token_weights(sized(1e6, 1e6, 1, 1, 8), mask)
+    torch.testing.assert_close(weights, torch.tensor([[0, 0, 1, 1, 0.5]]))
+
+
+def test_tokens_without_a_size_count_as_they_are() -> None:
+    assert token_weights(sized(0, 0, 0, 5), None).tolist() == [[1, 1, 1, 1]]
+
+
+def test_the_loss_is_a_plain_square_error_where_all_tokens_count_the_same() -> None:
+    output, target = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 4)
+    torch.testing.assert_close(
+        weighted_square_error(output, target, torch.ones(2, 5)), (output - target).square().sum()
+    )
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_massive_token_out_of_reach_does_not_rule_the_others(bits: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(64, 64, bias=False).requires_grad_(False)
+    weight = torch.randn(64, 64, generator=generator)
+    inputs = torch.randn(16, 8, 16, generator=generator) @ torch.randn(16, 64, generator=generator)
+    targets = inputs @ weight.t()
+    targets[:, 0] += 1000 * torch.randn(64, generator=generator)  # no weights give that
+    task = BlockTask(lambda hidden, _: linear(hidden), {"a": linear}, {"a": weight}, {"a": Scheme(bits, 32)})
+    whole = Activations.of(inputs, targets, None)
+
+    def others(activations: Activations) -> float:
+        recipe = Recipe(iters=40, batch_size=4, start="search")
+        rng = torch.Generator().manual_seed(1)
+        tuned = tune_block(task, activations, recipe, rng, torch.device("cpu"), lambda *_: None)
+        linear.weight.data.copy_(tuned.tensors["a"].dequantize())
+        return float((linear(inputs) - targets)[:, 1:].square().mean())
+
+    assert others(whole) < 0.9 * others(replace(whole, weights=torch.ones(16, 8)))
