@@ -104,7 +104,21 @@ def main() -> None:
         "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__},
         "runs": {name: {**run, "scores": scores[name]} for name, run in runs.items()},
     }
+    if options.peer_result:
+        result["runs"]["peer"] = earlier_peer(options.peer_result, result)
     show(result, table(result), options.result)
+
+
+def earlier_peer(file: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """The peer's figures out of an earlier result of the same job; its seconds are those of another hour or machine."""
+    earlier = json.loads(file.read_text(encoding="utf-8"))
+    for key in ("model", "scheme"):
+        if earlier[key] != result[key]:
+            raise SystemExit(f"{file}: {key} is {earlier[key]}, here {result[key]}")
+    settings, asked = ({k: v for k, v in r["settings"].items() if k != "ours"} for r in (earlier, result))
+    if settings != asked:
+        raise SystemExit(f"{file}: made with {settings}, here {asked}")
+    return {**earlier["runs"]["peer"], "from": file.name}
 
 
 def arguments() -> argparse.Namespace:
@@ -121,6 +135,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--eval_samples", type=int, default=16, help="samples of 512 tokens of each evaluation text")
     parser.add_argument("--peer", help="Python of an environment with auto-round 0.16.1")
+    parser.add_argument("--peer_result", type=Path, help="take the peer's figures from this earlier result instead")
     parser.add_argument("--no_ours", action="store_true", help="leave out the run of --ours")
     parser.add_argument("--ours", default="{}", help="JSON of further keywords for our AutoRound")
     parser.add_argument("--also", action="append", default=[], help="the same for one more run of ours; any number")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from auto_round.errors import SpecError
 
 STARTS = ("plain", "search", "compensated")
-FEW_STEPS = 16  # from here down the first step is no longer
+LONGEST = 1 / 32  # a first step of V beyond it moves too many codes for nothing, however few steps there are
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Recipe:
 
     iters: sign-SGD steps per block; 0 is round-to-nearest from `start`, without steps.
     lr: step size of the rounding offset V in code units; falls linearly to 0. None is 0.5 / iters, and 1 / iters in
-        layers of 2 bits, where rounding has more to gain; for few steps as if there were 16 (docs/ablations.md).
+        layers of 2 bits, where rounding has more to gain; never above 1 / 32, which goes too far (docs/ablations.md).
     minmax_lr: step size of the range multipliers alpha and beta; None is a fifth of lr, since a searched range is
         near its best already; half of lr in layers of 2 bits.
     nsamples, seqlen: calibration samples and tokens in each.
@@ -79,7 +79,7 @@ class Recipe:
 
     def v_lr(self, bits: int) -> float:
         """Step size of V at the first step, in layers of so many bits."""
-        return self.lr if self.lr is not None else (1.0 if bits == 2 else 0.5) / max(self.iters, FEW_STEPS)
+        return self.lr if self.lr is not None else min((1.0 if bits == 2 else 0.5) / max(self.iters, 1), LONGEST)
 
     def range_lr(self, bits: int) -> float:
         """Step size of alpha and beta at the first step, in layers of so many bits; 0 where ranges stay."""
