@@ -88,6 +88,8 @@ def main() -> None:
             "ours": json.loads(options.ours),
             "peer": json.loads(options.peer_options),
         }
+        settings = {**job["common"], "ours": job["ours"], "peer": job["peer"]}
+        earlier = earlier_peer(options, scheme, settings) if options.peer_result else {}
         ours = {} if options.no_ours else {"ours": job["ours"]}
         ours |= {f"ours {words}": json.loads(words) for words in options.also}
         runs = {
@@ -100,25 +102,25 @@ def main() -> None:
     result = {
         "model": options.model.name,
         "scheme": scheme.name,
-        "settings": {**job["common"], "ours": job["ours"], "peer": job["peer"]},
+        "settings": settings,
         "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__},
-        "runs": {name: {**run, "scores": scores[name]} for name, run in runs.items()},
+        "runs": {name: {**run, "scores": scores[name]} for name, run in runs.items()} | earlier,
     }
-    if options.peer_result:
-        result["runs"]["peer"] = earlier_peer(options.peer_result, result)
     show(result, table(result), options.result)
 
 
-def earlier_peer(file: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """The peer's figures out of an earlier result of the same job; its seconds are those of another hour or machine."""
+def earlier_peer(options: argparse.Namespace, scheme: Scheme, settings: dict[str, Any]) -> dict[str, Any]:
+    """The peer's run out of an earlier result of the same job; its seconds are those of another hour or machine."""
+    file = options.peer_result
     earlier = json.loads(file.read_text(encoding="utf-8"))
-    for key in ("model", "scheme"):
-        if earlier[key] != result[key]:
-            raise SystemExit(f"{file}: {key} is {earlier[key]}, here {result[key]}")
-    settings, asked = ({k: v for k, v in r["settings"].items() if k != "ours"} for r in (earlier, result))
-    if settings != asked:
-        raise SystemExit(f"{file}: made with {settings}, here {asked}")
-    return {**earlier["runs"]["peer"], "from": file.name}
+    peer = earlier["runs"]["peer"]
+    texts = [text.name for text in options.evaluation]
+    there = [earlier["model"], earlier["scheme"], {**earlier["settings"], "ours": None}, list(peer["scores"])]
+    here = [options.model.name, scheme.name, {**settings, "ours": None}, texts]
+    for found, asked in zip(there, here, strict=True):
+        if found != asked:
+            raise SystemExit(f"{file}: made with {found}, here {asked}")
+    return {"peer": {**peer, "from": file.name}}
 
 
 def arguments() -> argparse.Namespace:
@@ -134,8 +136,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--eval_samples", type=int, default=16, help="samples of 512 tokens of each evaluation text")
-    parser.add_argument("--peer", help="Python of an environment with auto-round 0.16.1")
-    parser.add_argument("--peer_result", type=Path, help="take the peer's figures from this earlier result instead")
+    peer = parser.add_mutually_exclusive_group()
+    peer.add_argument("--peer", help="Python of an environment with auto-round 0.16.1")
+    peer.add_argument("--peer_result", type=Path, help="take the peer's figures from this earlier result instead")
     parser.add_argument("--no_ours", action="store_true", help="leave out the run of --ours")
     parser.add_argument("--ours", default="{}", help="JSON of further keywords for our AutoRound")
     parser.add_argument("--also", action="append", default=[], help="the same for one more run of ours; any number")

@@ -34,7 +34,7 @@ def test_tokens_without_a_size_count_as_they_are() -> None:
 
 
 def test_the_loss_is_a_plain_square_error_where_all_tokens_count_the_same() -> None:
-    output, target = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 4)
+    output, target = torch.randn(2, 2, 5, 3, 4, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(
         weighted_square_error(output, target, torch.ones(2, 5)), (output - target).square().sum()
     )

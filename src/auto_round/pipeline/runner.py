@@ -160,9 +160,9 @@ class Runner:
             weights={name: self._skeleton.weight(name + ".weight") for name in planned},
             schemes={name: scheme for name in planned if (scheme := self._plan.quantised[name].scheme) is not None},
         )
-        tuned = None
+        activations, tuned = Activations.of(loaded.inputs, loaded.targets, mask), None
         while tuned is None:
-            tuned = self._tuned(loaded, task, Activations.of(loaded.inputs, loaded.targets, mask))
+            tuned = self._tuned(loaded, task, activations)
         return self._finish(tuned.tensors, self._stats(loaded.index, loaded.name, len(planned), begin, tuned))
 
     def _tuned(self, loaded: LoadedBlock, task: BlockTask, activations: Activations) -> TunedBlock | None:

@@ -17,7 +17,8 @@ class Recipe:
 
     iters: sign-SGD steps per block; 0 is round-to-nearest from `start`, without steps.
     lr: step size of the rounding offset V in code units; falls linearly to 0. None is 0.5 / iters, and 1 / iters in
-        layers of 2 bits, where rounding has more to gain; never above 1 / 32, which goes too far (docs/ablations.md).
+        layers of 2 bits, where rounding has more to gain; never above 1 / 32, beyond which steps go too far
+        (docs/ablations.md).
     minmax_lr: step size of the range multipliers alpha and beta; None is a fifth of lr, since a searched range is
         near its best already; half of lr in layers of 2 bits.
     nsamples, seqlen: calibration samples and tokens in each.

@@ -84,8 +84,8 @@ def token_weights(targets: Tensor, mask: Tensor | None) -> Tensor:
     """What each token counts in the loss: (samples, tokens) float32 on the targets' device, 0 for padding.
 
     A token's size is the mean square of its target (samples, tokens, ...). Up to 4 medians it counts 1; above, only as
-    much as if its size were that. Nearly all of a plain square error can be that of one token, such as a model's first
-    (massive activations, arXiv 2402.17762), whose error in the end is no part of what the other tokens are made of.
+    much as if its size were that. Most of a plain square error can be that of one token, such as a model's first
+    (massive activations, arXiv 2402.17762), and what of it comes from earlier blocks no later one mends.
     """
     sizes = torch.stack([sample.float().square().flatten(1).mean(1) for sample in targets])
     real = torch.ones_like(sizes, dtype=torch.bool) if mask is None else mask.to(sizes.device)
