@@ -8,15 +8,16 @@ from typing import Any
 
 
 def calibration(file: Path, tokenizer: Any, nsamples: int, seqlen: int) -> list[list[int]]:
-    """The first `nsamples` texts of a jsonl with at least `seqlen` tokens, each cut to that."""
+    """`nsamples` pieces of `seqlen` tokens of a jsonl: the first of each text, then the second of each, and so on."""
+    texts = [tokenizer(json.loads(line)["text"])["input_ids"] for line in file.read_text(encoding="utf-8").splitlines()]
     samples: list[list[int]] = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        ids = tokenizer(json.loads(line)["text"])["input_ids"][:seqlen]
-        if len(ids) == seqlen:
-            samples.append(ids)
-        if len(samples) == nsamples:
-            return samples
-    raise SystemExit(f"{file}: only {len(samples)} texts of {seqlen} tokens")
+    for begin in range(0, max(map(len, texts)), seqlen):
+        for ids in texts:
+            if len(ids) >= begin + seqlen:
+                samples.append(ids[begin : begin + seqlen])
+            if len(samples) == nsamples:
+                return samples
+    raise SystemExit(f"{file}: only {len(samples)} pieces of {seqlen} tokens")
 
 
 def show(result: dict[str, Any], table: str, file: Path | None) -> None:

@@ -122,10 +122,11 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
 
 
-def test_gguf_blocks_are_refused_before_any_work(smollm2: Path, tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="finish_iters"):
-        tuner(smollm2).quantize_and_save(tmp_path / "out", format="gguf:q4_0")
-    assert not (tmp_path / "out").exists()
+def test_blocks_of_gguf_learn_too(smollm2: Path, tmp_path: Path) -> None:
+    learning = tuner(smollm2, finish_iters=4, finish_lr=4e-3)
+    report = learning.quantize_and_save(tmp_path / "out", format="gguf:q2_k_s", max_kl=20)
+    assert report.finishing is not None
+    assert report.finishing["kl_after"] < report.finishing["kl_before"]
 
 
 def test_fewer_samples_than_the_blocks_have_are_an_error(loud: Path) -> None:

@@ -152,6 +152,10 @@ class BlockTensor:
         """Return the weight (out, in): as llama.cpp computes it in float32, then rounded to `dtype`."""
         return dequantise_blocks(self.fields(), self.scheme).to(dtype)
 
+    def to(self, device: torch.device) -> BlockTensor:
+        """The same tensor on `device`."""
+        return dataclasses.replace(self, data=self.data.to(device))
+
     def same(self, other: BlockTensor) -> bool:
         """True when type and bytes are identical."""
         return self.scheme == other.scheme and torch.equal(self.data, other.data)

@@ -19,7 +19,7 @@ from auto_round.calibrate.front import Walk, behind_blocks
 from auto_round.errors import AutoRoundError
 from auto_round.pipeline.job import Prepared
 from auto_round.pipeline.needs import LOGITS
-from auto_round.qtensor import QTensor, QuantTensor
+from auto_round.qtensor import QuantTensor
 from auto_round.runtime.device import peak_device_bytes, peak_resident_bytes
 from auto_round.runtime.events import BlockStats, Listener
 from auto_round.runtime.journal import Journal
@@ -50,9 +50,7 @@ class _Finisher:
         self._settings, self._recipe = settings, prepared.job.recipe
         outside = set(prepared.outside)
         self._layers = {
-            f"{name}.weight": ScaleState(self._tensor(name).scales.to(settings.device))
-            for name in prepared.plan.quantised
-            if name not in outside
+            f"{name}.weight": ScaleState(self._tensor(name)) for name in prepared.plan.quantised if name not in outside
         }
         self._best: dict[str, Tensor] = {}
         self._heads = _heads(prepared, journal)
@@ -86,7 +84,8 @@ class _Finisher:
         best = min(losses)
         for name, state in self._layers.items():
             state.multipliers.copy_(self._best[name])
-        tensors: dict[str, QuantTensor] = {name.removesuffix(".weight"): self._current(name) for name in self._layers}
+        names = {name: name.removesuffix(".weight") for name in self._layers}
+        tensors = {short: self._layers[name].applied(self._tensor(short)) for name, short in names.items()}
         stats = BlockStats(
             index=len(prepared.blocks),
             name=FINISHED,
@@ -146,19 +145,22 @@ class _Finisher:
         leaf = final.detach().requires_grad_(True)
         original = chain.final[rows].to(leaf.device)
         vocabulary: int = self._prepared.skeleton.model.get_input_embeddings().weight.shape[0]
-        total, width = 0.0, max(1, LOGITS // (vocabulary * len(rows)))
+        total, width = torch.zeros((), device=leaf.device), max(1, LOGITS // (vocabulary * len(rows)))
         mask = self._data.mask[rows].to(leaf.device)
         for begin in range(0, mask.shape[1], width):
             tokens = slice(begin, min(begin + width, mask.shape[1]))
             with torch.no_grad(), self._head(rounded=False):
                 expected = chain.logits(rows, original, tokens).float().log_softmax(-1)
             with self._head(rounded=True):
-                found = chain.logits(rows, leaf, tokens).float().log_softmax(-1)
-                loss = ((expected.exp() * (expected - found)).sum(-1) * mask[:, tokens]).sum() / positions
-                loss.backward()
-            total += float(loss.detach())
+                logits = chain.logits(rows, leaf, tokens)
+            found, share = logits.detach().float().log_softmax(-1), mask[:, tokens, None] / positions
+            difference = expected - found
+            likely = expected.exp_()
+            total += (difference.mul_(likely).sum(-1, keepdim=True) * share).sum()
+            # The gradient of KL(p || softmax(z)) in z is softmax(z) - p.
+            logits.backward(found.exp_().sub_(likely).mul_(share).to(logits.dtype))
         assert leaf.grad is not None
-        return total, leaf.grad
+        return float(total), leaf.grad
 
     @contextmanager
     def _head(self, *, rounded: bool) -> Iterator[None]:
@@ -175,15 +177,12 @@ class _Finisher:
 
     def _weight(self, name: str) -> Tensor:
         """A parameter of a block, with the scales as they stand."""
-        return self._current(name).dequantize() if name in self._layers else self._prepared.skeleton.weight(name)
+        if name not in self._layers:
+            return self._prepared.skeleton.weight(name)
+        return self._layers[name].weight(self._tensor(name.removesuffix(".weight")))
 
-    def _current(self, name: str) -> QTensor:
-        return self._layers[name].applied(self._tensor(name.removesuffix(".weight")))
-
-    def _tensor(self, name: str) -> QTensor:
-        tensor = self._journal.get(name)
-        assert isinstance(tensor, QTensor)
-        return tensor.to(self._settings.device)
+    def _tensor(self, name: str) -> QuantTensor:
+        return self._journal.get(name).to(self._settings.device)
 
     def _keep_best(self) -> None:
         self._best = {name: state.multipliers.clone() for name, state in self._layers.items()}
@@ -202,7 +201,7 @@ class _Finisher:
         for name, state in self._layers.items():
             for part, values in state.parts().items():
                 values.copy_(tensors[f"{name}:{part}"])
-            self._best[name] = tensors[f"{name}:best"].to(state.scales.device)
+            self._best[name] = tensors[f"{name}:best"].to(state.multipliers.device)
         self._listener.note(f"finishing goes on behind step {facts['done']}")
         return facts["done"], [(loss, step) for loss, step in facts["losses"]]
 

@@ -12,9 +12,9 @@ from auto_round.numerics.compensate import ROWS
 from auto_round.pipeline.job import Job, Prepared
 from auto_round.runtime.memory import available_bytes, resident_bytes
 from auto_round.source.checkpoint import DTYPES
-from auto_round.spec.scheme import Scheme
 from auto_round.tune.alone import ELEMENTS
 from auto_round.tune.block import STATE_BYTES
+from auto_round.tune.scales import learned_count
 
 # The three below fit what was measured on SmolLM2-135M and an 8B Llama (docs/safety.md has the figures).
 # Resident memory a process reaches over what it has when it plans: the linear algebra library's buffers, the slack of
@@ -24,8 +24,8 @@ OVERHEAD = 60_000_000
 ALONE_COPIES = 10
 # float32 tensors of the size of a weight while its compensated start is made: itself, in order, its codes, shifted.
 START_COPIES = 4
-LOGITS = 1 << 26  # at once while scales learn
-LOGIT_COPIES = 6  # float32 tensors of the logits at hand: both models', their logarithms, exponentials, gradients
+LOGITS = 1 << 24  # at once while scales learn
+LOGIT_COPIES = 5  # float32 tensors of the logits at hand: both models', their logarithms, the difference
 SCALE_BYTES = 24  # of each group while scales learn: scale, multiplier, gradient, two moments, the best so far
 LINEAR_COPIES = 2  # inputs and outputs of Linears in a backward pass: what was saved, and its gradient
 HIDDEN_COPIES = 10  # float32 hidden states that a block's norms and sums keep for its backward pass
@@ -213,9 +213,8 @@ def _finishing(prepared: Prepared, blocks: Sequence[Sizes], micro: int, seqlen: 
     width = prepared.job.dtype.itemsize
     vocabulary, hidden = (int(size) for size in prepared.skeleton.model.get_input_embeddings().weight.shape)
     groups = sum(
-        layer.out_features * layer.scheme.group_count(layer.in_features)
+        layer.out_features * learned_count(layer.scheme, layer.in_features)
         for layer in prepared.plan.quantised.values()
-        if isinstance(layer.scheme, Scheme)
     )
     tokens = micro * seqlen
     largest = max(

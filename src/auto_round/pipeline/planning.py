@@ -61,10 +61,6 @@ def plan_layers(
     plan = make_plan(inside, outside, lists, job.scheme, rules, refuse, prescribed, kept)
     for output in formats:
         output.check(plan)
-    if job.recipe.finish_iters and any(isinstance(layer.scheme, BlockScheme) for layer in plan.quantised.values()):
-        raise SpecError(
-            "finish_iters is for scales of integer schemes; GGUF blocks have two levels of them. Leave it out"
-        )
     return plan
 
 
