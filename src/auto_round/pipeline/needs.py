@@ -215,6 +215,7 @@ def _finishing(prepared: Prepared, blocks: Sequence[Sizes], micro: int, seqlen: 
     groups = sum(
         layer.out_features * learned_count(layer.scheme, layer.in_features)
         for layer in prepared.plan.quantised.values()
+        if layer.scheme is not None
     )
     tokens = micro * seqlen
     largest = max(
