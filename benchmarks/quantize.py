@@ -30,15 +30,17 @@ from auto_round.spec.scheme import Scheme
 from figures import calibration, show
 
 OURS = """
-import json, sys, time
+import json, logging, sys, time
 begin = time.perf_counter()
 from auto_round import AutoRound
 from auto_round.runtime.device import peak_resident_bytes
+logging.basicConfig(level=logging.INFO, format="%(message)s")
 job = json.loads(sys.argv[1])
 tuner = AutoRound(job["model"], dataset=json.load(open(job["tokens"])), **{**job["common"], **job["ours"]})
 report = tuner.quantize_and_save(job["output"])
 print(json.dumps({"seconds": time.perf_counter() - begin, "tuning_seconds": report.seconds,
-                  "peak_rss_bytes": peak_resident_bytes(), "compute_dtype": report.compute_dtype}))
+                  "peak_rss_bytes": peak_resident_bytes(), "compute_dtype": report.compute_dtype,
+                  "finishing": report.finishing}))
 """
 
 PEER = """

@@ -78,6 +78,7 @@ class _Finisher:
                 self._listener.finishing(iteration, recipe.finish_iters, loss)
                 if iteration + 1 in checks:
                     losses.append((self._held(chain, held), iteration + 1))
+                    self._listener.note(f"finishing: {losses[-1][0]:.4f} on held-out samples, step {iteration + 1}")
                     if losses[-1] == min(losses):
                         self._keep_best()
                     self._save(iteration + 1, losses)
