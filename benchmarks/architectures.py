@@ -2,7 +2,7 @@
 
     python benchmarks/architectures.py --results benchmarks/results/architectures.json [--only llama mixtral]
 
-Each model is quantised (W8G32, 1 step, a few tokens), saved, opened with plain transformers and compared with the
+Each model is quantised (W8G32, 1 step of each block and 1 of all scales, a few tokens), saved, opened with plain transformers and compared with the
 original whose weights were replaced by the dequantised codes. Results, one for each architecture:
 
     pass        same logits (relative difference below 1e-3), and close to the unquantised model's
@@ -83,6 +83,7 @@ def judge(name: str, task: str, folder: Path) -> dict[str, Any]:
             bits=8,
             group_size=32,
             iters=1,
+            finish_iters=1,
             nsamples=4,
             batch_size=2,
             seqlen=24,

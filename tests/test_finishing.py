@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, XLNetConfig, XLNetLMHeadModel
 
 from auto_round import AutoRound
 from auto_round.errors import SpecError
@@ -132,3 +132,12 @@ def test_blocks_of_gguf_learn_too(smollm2: Path, tmp_path: Path) -> None:
 def test_fewer_samples_than_the_blocks_have_are_an_error(loud: Path) -> None:
     with pytest.raises(SpecError, match="finish_nsamples=4"):
         tuner(loud, finish_nsamples=4)
+
+
+def test_a_model_that_shows_no_logits_is_left_as_the_blocks_were(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings: dict[str, Any] = {"vocab_size": VOCABULARY, "d_model": 64, "n_layer": 2, "n_head": 2, "d_inner": 64}
+    XLNetLMHeadModel(XLNetConfig(**settings)).save_pretrained(tmp_path / "xlnet")
+    tuner(tmp_path / "xlnet").quantize()
+    assert "no finishing: XLNetLMHeadModel gave no logits" in caplog.text

@@ -36,7 +36,13 @@ def test_help_groups_flags_and_states_the_recipes_defaults(capsys: pytest.Captur
 
 @pytest.mark.parametrize(
     ("recipe", "stated"),
-    [("best", "(default 1000)"), ("best", "(default 512)"), ("light", "(default 50)"), ("rtn", "(default plain)")],
+    [
+        ("best", "(default 400)"),
+        ("best", "(default 128)"),
+        ("best", "(default 512)"),
+        ("light", "(default 50)"),
+        ("rtn", "(default plain)"),
+    ],
 )
 def test_each_entry_point_states_its_own_defaults(capsys: pytest.CaptureFixture[str], recipe: str, stated: str) -> None:
     assert exits("-h", program=f"auto-round-{recipe}", recipe=recipe) == 0

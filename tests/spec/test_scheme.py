@@ -66,7 +66,7 @@ def test_bad_recipes_name_the_field(values: dict[str, object]) -> None:
 
 
 def test_recipes_are_those_users_know() -> None:
-    assert (RECIPES["best"].nsamples, RECIPES["best"].iters) == (512, 1000)
+    assert (RECIPES["best"].nsamples, RECIPES["best"].iters, RECIPES["best"].finish_iters) == (512, 400, 128)
     assert (RECIPES["default"].nsamples, RECIPES["default"].iters) == (128, 200)
     assert (RECIPES["light"].nsamples, RECIPES["light"].iters) == (128, 50)
     assert RECIPES["rtn"].iters == 0

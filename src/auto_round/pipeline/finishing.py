@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from auto_round.calibrate.chain import Chain
 from auto_round.calibrate.dataset import CalibrationSet
 from auto_round.calibrate.front import Walk, behind_blocks
-from auto_round.errors import AutoRoundError
+from auto_round.errors import AutoRoundError, SourceError
 from auto_round.pipeline.job import Prepared
 from auto_round.pipeline.needs import LOGITS
 from auto_round.qtensor import QuantTensor
@@ -69,7 +69,11 @@ class _Finisher:
         with behind_blocks(prepared.skeleton, prepared.blocks, settings.dtype, settings.device):
             done, losses = self._restored()
             if not losses:
-                losses = [(self._held(chain, held), 0)]
+                try:
+                    losses = [(self._held(chain, held), 0)]
+                except SourceError as error:  # the blocks' codes are good without this stage
+                    self._listener.warn(f"no finishing: {error}")
+                    return
                 self._listener.note(f"finishing: KL divergence {losses[0][0]:.4f} on held-out samples before it")
                 self._keep_best()
             checks = {max(1, round(recipe.finish_iters * (k + 1) / CHECKS)) for k in range(CHECKS)}

@@ -12,7 +12,7 @@ from auto_round.spec.scheme import Scheme
 RECIPES = MappingProxyType(
     {
         "default": Recipe(),
-        "best": Recipe(nsamples=512, iters=1000),
+        "best": Recipe(nsamples=512, iters=400, finish_iters=128),
         "light": Recipe(iters=50),
         "rtn": Recipe(iters=0, start="plain", nsamples=1, heldout=0.0),
     }

@@ -51,7 +51,7 @@ class Recipe:
     start: str = "compensated"
     heldout: float = 0.0625
     finish_iters: int = 0
-    finish_lr: float = 2e-3
+    finish_lr: float = 4e-3
     finish_nsamples: int | None = None
 
     def __post_init__(self) -> None:
