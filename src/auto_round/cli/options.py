@@ -179,7 +179,7 @@ FinishIters = Annotated[
         "Tuning",
         "--finish_iters",
         "Steps after all blocks in which the scales of all layers learn together, by the KL divergence of the next "
-        "token from the original's (default {finish_iters}); pays at 2 and 3 bits, with more text than the blocks had.",
+        "token from the original's (default {finish_iters}); pays most at 2 and 3 bits and with much text.",
         "N",
     ),
 ]
