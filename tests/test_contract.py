@@ -56,7 +56,8 @@ def test_the_command_line_ends_in_a_folder_that_speaks(smollm2: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("program", "flags"), [("auto-round-best", SHORT), ("auto-round-light", SHORT), ("auto-round-rtn", ())]
+    ("program", "flags"),
+    [("auto-round-best", (*SHORT, "--finish_iters", "2")), ("auto-round-light", SHORT), ("auto-round-rtn", ())],
 )
 def test_every_command_is_installed(program: str, flags: tuple[str, ...], llama_folder: Path, tmp_path: Path) -> None:
     command(program, llama_folder, tmp_path / "out", *flags)
