@@ -3,7 +3,8 @@
     python benchmarks/architectures.py --results benchmarks/results/architectures.json [--only llama mixtral]
 
 Each model is quantised (W8G32, 1 step of each block and 1 of all scales, a few tokens), saved, opened with plain
-transformers and compared with the original whose weights were replaced by the dequantised codes. Results, one for each architecture:
+transformers and compared with the original whose weights were replaced by the dequantised codes. Results, one for each
+architecture:
 
     pass        same logits (relative difference below 1e-3), and close to the unquantised model's
     wrong       other logits: the only kind that a user would not notice
