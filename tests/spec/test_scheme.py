@@ -65,6 +65,11 @@ def test_bad_recipes_name_the_field(values: dict[str, object]) -> None:
         Recipe(**values)  # type: ignore[arg-type]
 
 
+def test_a_finishing_step_moves_the_largest_code_as_far_at_every_width() -> None:
+    assert {2**bits * Recipe().scale_lr(bits) for bits in (2, 3, 4, 8)} == {2**-6}
+    assert Recipe(finish_lr=1e-3).scale_lr(2) == 1e-3
+
+
 def test_recipes_are_those_users_know() -> None:
     assert (RECIPES["best"].nsamples, RECIPES["best"].iters, RECIPES["best"].finish_iters) == (512, 400, 128)
     assert (RECIPES["default"].nsamples, RECIPES["default"].iters) == (128, 200)

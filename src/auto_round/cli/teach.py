@@ -45,6 +45,7 @@ def in_words(recipe: Recipe) -> dict[str, str]:
     stand_ins = {
         "lr": "0.5 / iters, 1 / iters at 2 bits",
         "minmax_lr": "a fifth of --lr, half of --lr at 2 bits",
+        "finish_lr": "0.0039 at 2 bits, half of it for each bit more",
         "finish_nsamples": "as --nsamples",
     }
     words = {}

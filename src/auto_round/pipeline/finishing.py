@@ -130,7 +130,7 @@ class _Finisher:
         if total - total != 0:
             raise AutoRoundError(f"finishing: the KL divergence is not finite at step {iteration + 1}")
         for state in self._layers.values():
-            state.step(recipe.finish_lr * (1 - iteration / recipe.finish_iters), iteration + 1)
+            state.step(recipe.scale_lr(state.bits) * (1 - iteration / recipe.finish_iters), iteration + 1)
         return total
 
     def _take(self, name: str, grad: Tensor) -> None:

@@ -33,7 +33,8 @@ class Recipe:
     heldout: share of the samples kept out of the steps, on which the best iterate is chosen.
     finish_iters: steps after all blocks in which the scales of all layers learn together, by the KL divergence of the
         model's tokens from the original's; 0 for none. finish_lr: size of the first, a share of each scale; it falls
-        linearly to 0. finish_nsamples: samples for it, the first `nsamples` being the blocks'; None for those alone.
+        linearly to 0; None is 2^-(6 + bits), so that the largest code moves as far at every width. finish_nsamples:
+        samples for it, the first `nsamples` being the blocks'; None for those alone.
     """
 
     iters: int = 200
@@ -51,7 +52,7 @@ class Recipe:
     start: str = "compensated"
     heldout: float = 0.0625
     finish_iters: int = 0
-    finish_lr: float = 4e-3
+    finish_lr: float | None = None
     finish_nsamples: int | None = None
 
     def __post_init__(self) -> None:
@@ -87,6 +88,10 @@ class Recipe:
         if not self.enable_minmax_tuning:
             return 0.0
         return self.minmax_lr if self.minmax_lr is not None else self.v_lr(bits) / (2 if bits == 2 else 5)
+
+    def scale_lr(self, bits: int) -> float:
+        """Size of the first finishing step in layers of so many bits, a share of each scale."""
+        return self.finish_lr if self.finish_lr is not None else 2.0 ** -(6 + bits)
 
     @property
     def samples(self) -> int:

@@ -40,6 +40,7 @@ class ScaleState:
 
     def __init__(self, tensor: QuantTensor) -> None:
         """Begin at the scales of `tensor`, on its device."""
+        self.bits = tensor.scheme.bits
         self.multipliers = torch.ones_like(_stored(tensor))
         self._slope, self._first, self._second = (torch.zeros_like(self.multipliers) for _ in range(3))
 
