@@ -11,7 +11,7 @@ def calibration(file: Path, tokenizer: Any, nsamples: int, seqlen: int) -> list[
     """`nsamples` pieces of `seqlen` tokens of a jsonl: the first of each text, then the second of each, and so on."""
     texts = [tokenizer(json.loads(line)["text"])["input_ids"] for line in file.read_text(encoding="utf-8").splitlines()]
     samples: list[list[int]] = []
-    for begin in range(0, max(map(len, texts)), seqlen):
+    for begin in range(0, max(map(len, texts), default=0), seqlen):
         for ids in texts:
             if len(ids) >= begin + seqlen:
                 samples.append(ids[begin : begin + seqlen])

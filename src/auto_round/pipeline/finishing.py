@@ -89,8 +89,9 @@ class _Finisher:
         best = min(losses)
         for name, state in self._layers.items():
             state.multipliers.copy_(self._best[name])
-        names = {name: name.removesuffix(".weight") for name in self._layers}
-        tensors = {short: self._layers[name].applied(self._tensor(short)) for name, short in names.items()}
+        tensors = {
+            name.removesuffix(".weight"): state.applied(self._tensor(name)) for name, state in self._layers.items()
+        }
         stats = BlockStats(
             index=len(prepared.blocks),
             name=FINISHED,
@@ -124,9 +125,10 @@ class _Finisher:
         total, positions = 0.0, int(self._data.mask[rows].sum())
         for part in rows.split(recipe.batch_size):
             states = chain.forward(part, self._weight)
-            loss, grad = self._divergence(chain, part, states[-1], positions)
-            chain.backward(part, states, grad, self._weight, self._take)
-            total += loss
+            final = states[-1].requires_grad_(True)
+            total += self._divergence(chain, part, final, positions)
+            assert final.grad is not None
+            chain.backward(part, states, final.grad, self._weight, self._take)
         if total - total != 0:
             raise AutoRoundError(f"finishing: the KL divergence is not finite at step {iteration + 1}")
         for state in self._layers.values():
@@ -142,30 +144,29 @@ class _Finisher:
         total = 0.0
         for part in rows.split(self._recipe.batch_size):
             final = chain.forward(part, self._weight)[-1]
-            total += self._divergence(chain, part, final, positions)[0]
+            total += self._divergence(chain, part, final, positions)
         return total
 
-    def _divergence(self, chain: Chain, rows: Tensor, final: Tensor, positions: int) -> tuple[float, Tensor]:
-        """KL(original || quantised) summed over real tokens / positions, and its gradient in `final`."""
-        leaf = final.detach().requires_grad_(True)
-        original = chain.final[rows].to(leaf.device)
+    def _divergence(self, chain: Chain, rows: Tensor, final: Tensor, positions: int) -> float:
+        """KL(original || quantised) summed over real tokens / positions; its gradient is left in `final` if it asks."""
+        original = chain.final[rows].to(final.device)
         vocabulary: int = self._prepared.skeleton.model.get_input_embeddings().weight.shape[0]
-        total, width = torch.zeros((), device=leaf.device), max(1, LOGITS // (vocabulary * len(rows)))
-        mask = self._data.mask[rows].to(leaf.device)
+        total, width = torch.zeros((), device=final.device), max(1, LOGITS // (vocabulary * len(rows)))
+        mask = self._data.mask[rows].to(final.device)
         for begin in range(0, mask.shape[1], width):
             tokens = slice(begin, min(begin + width, mask.shape[1]))
             with torch.no_grad(), self._head(rounded=False):
                 expected = chain.logits(rows, original, tokens).float().log_softmax(-1)
-            with self._head(rounded=True):
-                logits = chain.logits(rows, leaf, tokens)
+            with torch.set_grad_enabled(final.requires_grad), self._head(rounded=True):
+                logits = chain.logits(rows, final, tokens)
             found, share = logits.detach().float().log_softmax(-1), mask[:, tokens, None] / positions
             difference = expected - found
             likely = expected.exp_()
             total += (difference.mul_(likely).sum(-1, keepdim=True) * share).sum()
-            # The gradient of KL(p || softmax(z)) in z is softmax(z) - p.
-            logits.backward(found.exp_().sub_(likely).mul_(share).to(logits.dtype))
-        assert leaf.grad is not None
-        return float(total), leaf.grad
+            if final.requires_grad:
+                # The gradient of KL(p || softmax(z)) in z is softmax(z) - p.
+                logits.backward(found.exp_().sub_(likely).mul_(share).to(logits.dtype))
+        return float(total)
 
     @contextmanager
     def _head(self, *, rounded: bool) -> Iterator[None]:
@@ -184,10 +185,11 @@ class _Finisher:
         """A parameter of a block, with the scales as they stand."""
         if name not in self._layers:
             return self._prepared.skeleton.weight(name)
-        return self._layers[name].weight(self._tensor(name.removesuffix(".weight")))
+        return self._layers[name].weight(self._tensor(name))
 
     def _tensor(self, name: str) -> QuantTensor:
-        return self._journal.get(name).to(self._settings.device)
+        """Codes and scales that the blocks ended with, by the name of the layer or of its weight."""
+        return self._journal.get(name.removesuffix(".weight")).to(self._settings.device)
 
     def _keep_best(self) -> None:
         self._best = {name: state.multipliers.clone() for name, state in self._layers.items()}

@@ -26,7 +26,7 @@ ALONE_COPIES = 10
 START_COPIES = 4
 LOGITS = 1 << 24  # at once while scales learn
 LOGIT_COPIES = 5  # float32 tensors of the logits at hand: both models', their logarithms, the difference
-SCALE_BYTES = 24  # of each group while scales learn: scale, multiplier, gradient, two moments, the best so far
+SCALE_BYTES = 20  # of each group while scales learn: multiplier, gradient, two moments, the best so far
 LINEAR_COPIES = 2  # inputs and outputs of Linears in a backward pass: what was saved, and its gradient
 HIDDEN_COPIES = 10  # float32 hidden states that a block's norms and sums keep for its backward pass
 
