@@ -38,7 +38,7 @@ STATED = {
 
 ENTRY_POINTS = {
     "auto-round": ("default", "the usual balance"),
-    "auto-round-best": ("best", "more text and steps, then all scales together, for about three times the work"),
+    "auto-round-best": ("best", "more text and steps, then all scales together, for about four times the work"),
     "auto-round-light": ("light", "fewer and larger steps, for a first look"),
     "auto-round-rtn": ("rtn", "plain rounding without calibration, in seconds"),
 }
