@@ -32,6 +32,10 @@ class Captured:
     calls: tuple[BlockCall | None, ...]
 
 
+class NoLogitsError(SourceError):
+    """A model that shows no logits when its blocks are left out: what its blocks give is as good as ever."""
+
+
 class _DoneError(Exception):
     """Raised by the last recorder: nothing behind the blocks has to run."""
 
@@ -174,7 +178,8 @@ def logits_of(model: nn.Module, block_names: Sequence[str], tokens: Tensor, hidd
     """Logits (batch, tokens, vocabulary) of the whole model when its last block's output is `hidden`, with a graph if
     `hidden` has one.
 
-    tokens: (batch, tokens) int64; hidden: (batch, tokens, hidden). Everything but the blocks is loaded.
+    tokens: (batch, tokens) int64; hidden: (batch, tokens, hidden). Everything but the blocks is loaded. Raises
+    NoLogitsError when the model does not show them to the hidden states it is handed.
     """
     caught: list[Tensor] = []
     handle = model.register_forward_hook(lambda _, args, output: caught.append(output.logits))
@@ -186,4 +191,4 @@ def logits_of(model: nn.Module, block_names: Sequence[str], tokens: Tensor, hidd
             caught.clear()
     finally:
         handle.remove()
-    raise SourceError(f"{type(model).__name__} gave no logits for the hidden states behind its last block")
+    raise NoLogitsError(f"{type(model).__name__} gave no logits for the hidden states behind its last block")

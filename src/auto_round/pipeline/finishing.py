@@ -13,10 +13,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from auto_round.calibrate.capture import NoLogitsError
 from auto_round.calibrate.chain import Chain
 from auto_round.calibrate.dataset import CalibrationSet
 from auto_round.calibrate.front import Walk, behind_blocks
-from auto_round.errors import AutoRoundError, SourceError
+from auto_round.errors import AutoRoundError
 from auto_round.pipeline.job import Prepared
 from auto_round.pipeline.needs import LOGITS
 from auto_round.qtensor import QuantTensor
@@ -71,7 +72,7 @@ class _Finisher:
             if not losses:
                 try:
                     losses = [(self._held(chain, held), 0)]
-                except SourceError as error:  # the blocks' codes are good without this stage
+                except NoLogitsError as error:  # the blocks' codes are good without this stage
                     self._listener.warn(f"no finishing: {error}")
                     return
                 self._listener.note(f"finishing: KL divergence {losses[0][0]:.4f} on held-out samples before it")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_round.calibrate.capture import logits_of
+from auto_round.calibrate.capture import NoLogitsError, logits_of
 from auto_round.calibrate.front import Walk, behind_blocks
 from auto_round.calibrate.walker import walk
 from auto_round.errors import CheckError, SourceError, SpecError
@@ -85,11 +85,11 @@ def check(result: Quantised, folders: Sequence[tuple[str, Path]], listener: List
             f"not compared with the original: that needs about {needed / 1e9:.1f} GB, {budget / 1e9:.1f} GB may be used"
         )
         return None
-    compared = _block_by_block(result, tokens)
-    if compared is None:
-        listener.note("not compared with the original: this model's logits are not one row for every token of a text")
+    try:
+        reference, found, errors = _block_by_block(result, tokens)
+    except NoLogitsError as error:
+        listener.note(f"not compared with the original: {error}")
         return None
-    reference, found, errors = compared
     findings = [_finding("block by block", found)]
     notes, faults = [], []
     for name, folder in folders:
@@ -193,9 +193,9 @@ def _samples(result: Quantised) -> Tensor | None:
     return torch.stack(rows) if rows and seqlen > 1 else None
 
 
-def _block_by_block(result: Quantised, tokens: Tensor) -> tuple[list[Tensor], Tally, list[float]] | None:
+def _block_by_block(result: Quantised, tokens: Tensor) -> tuple[list[Tensor], Tally, list[float]]:
     """Logits (tokens - 1, vocabulary) of the original for each sample, the result's distance, each block's relative
-    error."""
+    error. Raises NoLogitsError."""
     prepared, job = result.prepared, result.job
     settings = Walk(
         batch_size=len(tokens),
@@ -220,7 +220,7 @@ def _block_by_block(result: Quantised, tokens: Tensor) -> tuple[list[Tensor], Ta
     with behind_blocks(prepared.skeleton, prepared.blocks, job.dtype, job.device):
         reference = list(_logits(prepared, tokens, original))
         if len(reference[0]) != tokens.shape[1] - 1:
-            return None
+            raise NoLogitsError("this model's logits are not one row for every token of a text")
         head = prepared.skeleton.model.get_output_embeddings()
         for name in prepared.outside:
             if prepared.skeleton.model.get_submodule(name) is head:
