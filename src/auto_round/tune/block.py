@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from auto_round.tune.starting import Layer, start_layer
 
 # Shares of the steps after which the codes are tried on the held-out samples; the last are the likely winners.
 CHECKPOINTS = (0.5, 0.75, 1.0)
-LARGEST = 4.0  # a token's size and its error in the loss, in medians of all tokens' sizes
+LARGEST = 4.0  # a token's size in the loss, in medians of all tokens' sizes
 STATE_BYTES = 8  # of each weight while it is tuned: W and V in float32
 
 
@@ -29,20 +28,18 @@ class Activations:
     """What a block sees and should give, for all samples.
 
     inputs, targets: (samples, tokens, hidden), on the device or on the host. mask: (samples, tokens) bool, True where
-    a real token is; None when there is no padding. weights: what each token counts in the loss, and limit: up to which
-    mean squared error it does, see `token_weights`.
+    a real token is; None when there is no padding. weights: what each token counts in the loss, see `token_weights`.
     """
 
     inputs: Tensor
     targets: Tensor
     mask: Tensor | None
     weights: Tensor
-    limit: float
 
     @classmethod
     def of(cls, inputs: Tensor, targets: Tensor, mask: Tensor | None) -> Activations:
-        """All of them, with the weights and the limit that the targets ask for."""
-        return cls(inputs, targets, mask, *token_weights(targets, mask))
+        """All of them, with the weights that the targets ask for."""
+        return cls(inputs, targets, mask, token_weights(targets, mask))
 
     def pick(self, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs, targets and weights of the samples `rows`, on `device`."""
@@ -83,32 +80,24 @@ class BlockTask:
     schemes: Mapping[str, Scheme]
 
 
-def token_weights(targets: Tensor, mask: Tensor | None) -> tuple[Tensor, float]:
-    """What each token counts in the loss: (samples, tokens) float32 on the targets' device, 0 for padding; and the mean
-    squared error beyond which it counts no more.
+def token_weights(targets: Tensor, mask: Tensor | None) -> Tensor:
+    """What each token counts in the loss: (samples, tokens) float32 on the targets' device, 0 for padding.
 
     A token's size is the mean square of its target (samples, tokens, ...). Up to 4 medians it counts 1; above, only as
     much as if its size were that. Most of a plain square error can be that of one token, such as a model's first
-    (massive activations, arXiv 2402.17762), and what of it comes from earlier blocks no later one mends. Nor does an
-    error count for more than 4 medians: a token that is massive a block too early is one in thousands.
+    (massive activations, arXiv 2402.17762), and what of it comes from earlier blocks no later one mends.
     """
     sizes = torch.stack([sample.float().square().flatten(1).mean(1) for sample in targets])
     real = torch.ones_like(sizes, dtype=torch.bool) if mask is None else mask.to(sizes.device)
-    limit = LARGEST * float(sizes[real].median()) if real.any() else 0.0
-    if not limit:
-        return torch.ones_like(sizes) * real, math.inf
-    return (limit / sizes).clamp_max(1) * real, limit
+    median = sizes[real].median() if real.any() else sizes.new_zeros(())
+    weights = (LARGEST * median / sizes).clamp_max(1) if median else torch.ones_like(sizes)
+    return weights * real
 
 
-def robust_square_error(output: Tensor, target: Tensor, weights: Tensor, limit: float) -> Tensor:
-    """Sum over the tokens of their weight (samples, tokens) times their squared differences, in float32.
-
-    A token whose mean squared difference is above `limit` counts as if it were that.
-    """
-    squares = (output.float() - target.float()).square().flatten(2)
-    errors = squares.sum(2)
-    within = limit * squares.shape[2] / errors.detach()
-    return (errors * torch.minimum(weights, within)).sum()
+def weighted_square_error(output: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """Sum over the tokens of their weight (samples, tokens) times their squared differences, in float32."""
+    difference = output.float() - target.float()
+    return (difference.square().flatten(2).sum(2) * weights).sum()
 
 
 def tune_block(
@@ -160,11 +149,11 @@ def tune_block(
 
 @torch.no_grad()
 def evaluate(task: BlockTask, activations: Activations, rows: Tensor, batch_size: int, device: torch.device) -> float:
-    """Mean squared error, weighted and limited, of the block with its present weights over the samples `rows`."""
+    """Mean squared error, tokens weighted, of the block with its present weights over the samples `rows`."""
     total = torch.zeros((), device=device, dtype=torch.float64)
     for batch in rows.split(batch_size):
         inputs, targets, weights = activations.pick(batch, device)
-        total += robust_square_error(task.run(inputs, batch), targets, weights, activations.limit)
+        total += weighted_square_error(task.run(inputs, batch), targets, weights)
     return float(total) / _values(activations, rows)
 
 
@@ -282,7 +271,7 @@ def _steps(
             total = torch.zeros((), device=device)
             for batch in rows.split(recipe.batch_size):
                 inputs, targets, weights = activations.pick(batch, device)
-                loss = robust_square_error(task.run(inputs, batch), targets, weights, activations.limit) / values
+                loss = weighted_square_error(task.run(inputs, batch), targets, weights) / values
                 loss.backward()
                 total += loss.detach()
             share = 1 - iteration / recipe.iters
