@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, XLNetConfig, XLNetLMHeadModel
 
 from auto_round.cli.demo import demo_model
 from auto_round.source.opening import open_source
@@ -36,6 +36,12 @@ def tiny_llama(**changes: object) -> LlamaForCausalLM:
     }
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**settings)).eval()
+
+
+def tiny_xlnet() -> XLNetLMHeadModel:
+    """A causal model that shows no logits when its blocks are left out."""
+    settings = {"vocab_size": VOCABULARY, "d_model": 64, "n_layer": 2, "n_head": 2, "d_inner": 64}
+    return XLNetLMHeadModel(XLNetConfig(**settings))  # type: ignore[arg-type]
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, XLNetConfig, XLNetLMHeadModel
+from transformers import AutoModelForCausalLM
 
 from auto_round import AutoRound
 from auto_round.errors import SpecError
 from auto_round.load import load_qtensors
 from auto_round.report.record import RunReport
-from tests.conftest import VOCABULARY, tiny_llama
+from tests.conftest import VOCABULARY, tiny_llama, tiny_xlnet
 
 SAMPLES = torch.randint(3, VOCABULARY, (32, 24), generator=torch.Generator().manual_seed(3))
 
@@ -137,7 +137,6 @@ def test_fewer_samples_than_the_blocks_have_are_an_error(loud: Path) -> None:
 def test_a_model_that_shows_no_logits_is_left_as_the_blocks_were(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings: dict[str, Any] = {"vocab_size": VOCABULARY, "d_model": 64, "n_layer": 2, "n_head": 2, "d_inner": 64}
-    XLNetLMHeadModel(XLNetConfig(**settings)).save_pretrained(tmp_path / "xlnet")
+    tiny_xlnet().save_pretrained(tmp_path / "xlnet")
     tuner(tmp_path / "xlnet").quantize()
     assert "no finishing: XLNetLMHeadModel gave no logits" in caplog.text

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, XLNetConfig, XLNetLMHeadModel
+from transformers import AutoModelForCausalLM
 
 from auto_round import AutoRound
 from auto_round.errors import CheckError
 from auto_round.evaluate.metrics import compare, evaluate_tokens, held_out_text
-from tests.conftest import VOCABULARY, tiny_llama, tiny_tokenizer
+from tests.conftest import VOCABULARY, tiny_llama, tiny_tokenizer, tiny_xlnet
 
 RTN: dict[str, Any] = {"group_size": 32, "recipe": "rtn", "device": "cpu", "compute_dtype": "float32"}
 
@@ -74,8 +74,7 @@ def test_nothing_is_compared_without_text(tmp_path: Path) -> None:
 
 
 def test_a_model_that_shows_no_logits_is_written_all_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    settings: dict[str, Any] = {"vocab_size": VOCABULARY, "d_model": 64, "n_layer": 2, "n_head": 2, "d_inner": 64}
-    XLNetLMHeadModel(XLNetConfig(**settings)).save_pretrained(tmp_path / "model")
+    tiny_xlnet().save_pretrained(tmp_path / "model")
     tokens = torch.randint(3, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(1))
     tuner = AutoRound(tmp_path / "model", scheme="W4A16G32", dataset=tokens, iters=1, nsamples=4, seqlen=16)
     with caplog.at_level("INFO"):
