@@ -1,4 +1,4 @@
-"""The stage after all blocks: scales learn by the KL divergence of the whole model; codes stay."""
+"""What is judged by the model's tokens: the last block, and the stage after all blocks, in which codes stay."""
 
 from __future__ import annotations
 
@@ -68,6 +68,15 @@ def finished(loud: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     tuner(loud, finish_iters=0).quantize_and_save(folder / "before")
     report = tuner(loud).quantize_and_save(folder / "after")
     return folder / "before", folder / "after", report
+
+
+@pytest.mark.parametrize("short", [24, 9], ids=["whole", "padded"])
+def test_the_last_block_is_judged_by_the_tokens(loud: Path, tmp_path: Path, short: int) -> None:
+    rows = [row[:length] for row, length in zip(SAMPLES, (24, short) * 4, strict=False)]
+    run = tuner(loud, dataset=rows, start="compensated", iters=4, heldout=0.0, finish_iters=0, finish_nsamples=8)
+    report = run.quantize_and_save(tmp_path / "out")
+    found = sum(len(row) * divergence(loud, tmp_path / "out", row[None]) for row in rows) / sum(map(len, rows))
+    assert report.blocks[-1].loss_end == pytest.approx(found, rel=1e-3)
 
 
 def test_the_whole_model_comes_nearer_to_the_original(loud: Path, finished: tuple[Path, Path, RunReport]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from auto_round.spec.recipe import Recipe
 from auto_round.spec.scheme import Scheme
-from auto_round.tune.block import Activations, BlockTask, token_weights, tune_block, weighted_square_error
+from auto_round.tune.block import Activations, BlockTask, square_error, token_weights, tune_block
 
 
 def sized(*sizes: float) -> Tensor:
@@ -35,9 +35,8 @@ def test_tokens_without_a_size_count_as_they_are() -> None:
 
 def test_the_loss_is_a_plain_square_error_where_all_tokens_count_the_same() -> None:
     output, target = torch.randn(2, 2, 5, 3, 4, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(
-        weighted_square_error(output, target, torch.ones(2, 5)), (output - target).square().sum()
-    )
+    found = square_error(output, target, torch.ones(2, 5), torch.arange(2))
+    torch.testing.assert_close(found, (output - target).square().mean((2, 3)).sum())
 
 
 @pytest.mark.parametrize("bits", [2, 4])

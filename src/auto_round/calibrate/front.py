@@ -188,12 +188,22 @@ def store(shape: Sequence[int], dtype: torch.dtype, settings: Walk, name: str) -
 def behind_blocks(
     skeleton: Skeleton, block_names: Sequence[str], dtype: torch.dtype, device: torch.device
 ) -> Iterator[None]:
-    """Everything outside the blocks loaded, the head too."""
+    """Everything outside the blocks loaded, the head too; a head that is the embedding is there once."""
+    read: dict[str, Tensor] = {}
+
+    def weight(name: str) -> Tensor:
+        key = (skeleton.is_tied(name) and skeleton.stored_name(name)) or name
+        if key not in read:
+            value = skeleton.weight(name)
+            read[key] = value.to(device, dtype) if value.is_floating_point() else value
+        return read[key]
+
     head = skeleton.model.get_output_embeddings()
     modules = outside_blocks(skeleton.model, block_names)
     modules += [(name, module) for name, module in skeleton.model.named_modules() if module is head]
     for name, module in modules:
-        skeleton.load(module, name, dtype, device)
+        skeleton.load(module, name, dtype, device, weight)
+    read.clear()
     try:
         yield
     finally:

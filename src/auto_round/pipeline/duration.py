@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from auto_round.calibrate.divergence import SHARE
 from auto_round.pipeline.finishing import CHECKS, HELD
 from auto_round.pipeline.gate import SENTENCE_TOKENS, Checked
 from auto_round.pipeline.job import Prepared
@@ -32,6 +33,7 @@ def seconds(
         sum(part)
         for part in zip(*(_block(prepared, s, rates, samples, seqlen) for s in all_sizes(prepared)), strict=True)
     )
+    steps += _judging(prepared, rates, samples, seqlen)
     # Every weight is read to be examined, then with its block.
     reading = weights * rates.examined + source * (rates.source + rates.read)
     if prepared.job.recipe.finish_iters:
@@ -62,6 +64,18 @@ def _block(prepared: Prepared, sizes: Sizes, rates: Rates, samples: int, seqlen:
         for shared in sizes.shared:
             starts += rates.factored * shared.inputs**3 + rates.forward * shared.inputs * sum(shared.weights) / 2
     return passes, starts, steps
+
+
+def _judging(prepared: Prepared, rates: Rates, samples: int, seqlen: int) -> float:
+    """The head in the last block's loss: of the original, of the quantised block, and backwards, for a part of the
+    tokens in steps and for all of those held out."""
+    recipe = prepared.job.recipe
+    head: int = prepared.skeleton.model.get_input_embeddings().weight.numel()
+    if not recipe.iters:
+        return 0.0
+    per_step = min(recipe.batch_size * recipe.gradient_accumulate_steps, samples)
+    held = max(1, round(recipe.heldout * samples)) if recipe.heldout else samples
+    return head * seqlen * rates.forward * (3 * SHARE * recipe.iters * per_step + 2 * LOSSES * held)
 
 
 def _finishing(prepared: Prepared, rates: Rates, samples: int, seqlen: int, weights: int) -> float:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from auto_round.calibrate.capture import NoLogitsError
 from auto_round.calibrate.chain import Chain
 from auto_round.calibrate.dataset import CalibrationSet
+from auto_round.calibrate.divergence import kl_divergence
 from auto_round.calibrate.front import Walk, behind_blocks
 from auto_round.errors import AutoRoundError
 from auto_round.pipeline.job import Prepared
-from auto_round.pipeline.needs import LOGITS
 from auto_round.qtensor import QuantTensor
 from auto_round.runtime.device import peak_device_bytes, peak_resident_bytes
 from auto_round.runtime.events import BlockStats, Listener
@@ -151,23 +151,16 @@ class _Finisher:
     def _divergence(self, chain: Chain, rows: Tensor, final: Tensor, positions: int) -> float:
         """KL(original || quantised) summed over real tokens / positions; its gradient is left in `final` if it asks."""
         original = chain.final[rows].to(final.device)
-        vocabulary: int = self._prepared.skeleton.model.get_input_embeddings().weight.shape[0]
-        total, width = torch.zeros((), device=final.device), max(1, LOGITS // (vocabulary * len(rows)))
-        mask = self._data.mask[rows].to(final.device)
-        for begin in range(0, mask.shape[1], width):
-            tokens = slice(begin, min(begin + width, mask.shape[1]))
-            with torch.no_grad(), self._head(rounded=False):
-                expected = chain.logits(rows, original, tokens).float().log_softmax(-1)
-            with torch.set_grad_enabled(final.requires_grad), self._head(rounded=True):
-                logits = chain.logits(rows, final, tokens)
-            found, share = logits.detach().float().log_softmax(-1), mask[:, tokens, None] / positions
-            difference = expected - found
-            likely = expected.exp_()
-            total += (difference.mul_(likely).sum(-1, keepdim=True) * share).sum()
-            if final.requires_grad:
-                # The gradient of KL(p || softmax(z)) in z is softmax(z) - p.
-                logits.backward(found.exp_().sub_(likely).mul_(share).to(logits.dtype))
-        return float(total)
+
+        def expected(tokens: slice) -> Tensor:
+            with self._head(rounded=False):
+                return chain.logits(rows, original, tokens)
+
+        def found(tokens: slice) -> Tensor:
+            with self._head(rounded=True):
+                return chain.logits(rows, final, tokens)
+
+        return float(kl_divergence(expected, found, self._data.mask[rows].to(final.device) / positions))
 
     @contextmanager
     def _head(self, *, rounded: bool) -> Iterator[None]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from auto_round.calibrate.divergence import AT_ONCE
 from auto_round.numerics.compensate import ROWS
 from auto_round.pipeline.job import Job, Prepared
 from auto_round.runtime.memory import available_bytes, resident_bytes
@@ -24,7 +25,6 @@ OVERHEAD = 60_000_000
 ALONE_COPIES = 10
 # float32 tensors of the size of a weight while its compensated start is made: itself, in order, its codes, shifted.
 START_COPIES = 4
-LOGITS = 1 << 24  # at once while scales learn
 LOGIT_COPIES = 5  # float32 tensors of the logits at hand: both models', their logarithms, the difference
 SCALE_BYTES = 20  # of each group while scales learn: multiplier, gradient, two moments, the best so far
 LINEAR_COPIES = 2  # inputs and outputs of Linears in a backward pass: what was saved, and its gradient
@@ -177,6 +177,8 @@ def _needs(prepared: Prepared, samples: int, seqlen: int, micro: int, *, on_disk
     memory, there = {"saving": base + copied + 4 * largest}, job.device.type != "cpu"
     if samples:
         tuning = max(_tuning(sizes, job, micro * seqlen, hidden) for sizes in blocks)
+        if job.recipe.iters:  # the last block is judged by the tokens that come of it
+            tuning = max(tuning, _tuning(blocks[-1], job, micro * seqlen, hidden) + _judging(prepared, micro * seqlen))
         stored = max(sizes.stored_bytes for sizes in blocks)
         kept_here = activations if not on_disk and (job.recipe.low_gpu_mem_usage or not there) else 0
         kept_there = activations if not on_disk and not kept_here else 0
@@ -211,7 +213,7 @@ def _finishing(prepared: Prepared, blocks: Sequence[Sizes], micro: int, seqlen: 
     """Peak bytes of learning all scales together: all that lies outside the blocks, one block with its gradients, what
     enters each block, the scales' state, and the logits of a part of the tokens."""
     width = prepared.job.dtype.itemsize
-    vocabulary, hidden = (int(size) for size in prepared.skeleton.model.get_input_embeddings().weight.shape)
+    hidden: int = prepared.skeleton.model.get_input_embeddings().weight.shape[1]
     groups = sum(
         layer.out_features * learned_count(layer.scheme, layer.in_features)
         for layer in prepared.plan.quantised.values()
@@ -221,9 +223,19 @@ def _finishing(prepared: Prepared, blocks: Sequence[Sizes], micro: int, seqlen: 
     largest = max(
         sizes.parameters * width + sizes.weights * width + tokens * _per_token(sizes, width, hidden) for sizes in blocks
     )
-    logits = LOGIT_COPIES * 4 * min(LOGITS, tokens * vocabulary)
     states = (len(blocks) + 1) * tokens * hidden * width
-    return sum(outside_bytes(prepared, prepared.job.dtype)) + SCALE_BYTES * groups + states + max(largest, logits)
+    outside, logits = sum(outside_bytes(prepared, prepared.job.dtype)), _logit_bytes(prepared, tokens)
+    return outside + SCALE_BYTES * groups + states + max(largest, logits)
+
+
+def _judging(prepared: Prepared, tokens: int) -> int:
+    """Peak bytes of what `TokenLoss` needs: all that lies outside the blocks, logits of a part of the tokens."""
+    return sum(outside_bytes(prepared, prepared.job.dtype)) + _logit_bytes(prepared, tokens)
+
+
+def _logit_bytes(prepared: Prepared, tokens: int) -> int:
+    vocabulary: int = prepared.skeleton.model.get_input_embeddings().weight.shape[0]
+    return LOGIT_COPIES * 4 * min(AT_ONCE, tokens) * vocabulary
 
 
 def _per_token(sizes: Sizes, width: int, hidden: int) -> int:

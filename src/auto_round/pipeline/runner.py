@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from auto_round.calibrate.capture import NoLogitsError
 from auto_round.calibrate.dataset import CalibrationSet
-from auto_round.calibrate.front import Walk
+from auto_round.calibrate.divergence import TokenLoss
+from auto_round.calibrate.front import Walk, behind_blocks
 from auto_round.calibrate.walker import LoadedBlock, head_inputs, walk
 from auto_round.errors import AutoRoundError
 from auto_round.pipeline.inspection import examine
@@ -87,7 +89,7 @@ class Runner:
                 if mask is not None and loaded.inputs.shape[1] != mask.shape[1]:
                     self._listener.warn("this model adds tokens of its own; padding counts as text then")
                     mask = None
-                finished.append(self._restored(loaded) or self._tune_one(loaded, mask))
+                finished.append(self._restored(loaded) or self._tune_one(loaded, calibration.tokens, mask))
                 final = loaded.inputs if settings.quantised_inputs else loaded.targets
                 release_cached(job.device)
             if self._prepared.outside and final is not None:
@@ -144,7 +146,7 @@ class Runner:
         self._listener.block_finished(stats)
         return stats
 
-    def _tune_one(self, loaded: LoadedBlock, mask: Tensor | None) -> BlockStats:
+    def _tune_one(self, loaded: LoadedBlock, tokens: Tensor, mask: Tensor | None) -> BlockStats:
         begin = time.perf_counter()
         self._listener.block_started(loaded.index, loaded.name)
         planned = {name: linear for name, linear in loaded.linears.items() if name in self._plan.quantised}
@@ -160,41 +162,58 @@ class Runner:
             weights={name: self._skeleton.weight(name + ".weight") for name in planned},
             schemes={name: scheme for name in planned if (scheme := self._plan.quantised[name].scheme) is not None},
         )
-        activations, tuned = Activations.of(loaded.inputs, loaded.targets, mask), None
-        while tuned is None:
-            tuned = self._tuned(loaded, task, activations)
+        if self._job.recipe.iters and loaded.index == len(self._prepared.blocks) - 1:
+            tuned = self._tuned_by_tokens(loaded, task, tokens, mask)
+        else:
+            tuned = self._tuned(loaded, task, Activations.of(loaded.inputs, loaded.targets, mask))
         return self._finish(tuned.tensors, self._stats(loaded.index, loaded.name, len(planned), begin, tuned))
 
-    def _tuned(self, loaded: LoadedBlock, task: BlockTask, activations: Activations) -> TunedBlock | None:
-        """Tune one block; None when the device's memory was too small, and fewer samples at once are to be tried.
+    def _tuned_by_tokens(self, loaded: LoadedBlock, task: BlockTask, tokens: Tensor, mask: Tensor | None) -> TunedBlock:
+        """Tune the last block by the KL divergence of the model's tokens; by the square error where none are shown."""
+        skeleton, names, device = self._skeleton, self._prepared.blocks, self._job.device
+        activations = Activations.of(loaded.inputs, loaded.targets, mask)
+        if loaded.targets.shape[:2] != tokens.shape:  # the model adds tokens of its own
+            return self._tuned(loaded, task, activations)
+        loss = TokenLoss(skeleton, names, tokens, generator_for(self._job.recipe.seed, "tokens"))
+        alike = torch.ones(tokens.shape, device=loaded.targets.device) if mask is None else mask.float()
+        first = loaded.targets[:1].to(device)
+        with behind_blocks(skeleton, names, self._job.dtype, device):
+            try:
+                loss(first, first, torch.ones(first.shape[:2], device=device), torch.tensor([0]))
+            except NoLogitsError:
+                return self._tuned(loaded, task, activations)
+            return self._tuned(loaded, replace(task, loss=loss), replace(activations, weights=alike))
 
-        The block begins anew with the same draws. Gradients then add up over more parts, the same but for rounding.
+    def _tuned(self, loaded: LoadedBlock, task: BlockTask, activations: Activations) -> TunedBlock:
+        """Tune one block, with fewer samples at once when the device's memory is too small.
+
+        The block then begins anew with the same draws. Gradients add up over more parts, the same but for rounding.
         """
-        recipe = self._job.recipe
-        try:
-            return tune_block(
-                task,
-                activations,
-                recipe,
-                generator_for(recipe.seed, "block", loaded.index),
-                self._job.device,
-                lambda iteration, loss: self._listener.step(loaded.index, iteration, loss),
+        while True:
+            recipe = self._job.recipe
+            try:
+                return tune_block(
+                    task,
+                    activations,
+                    recipe,
+                    generator_for(recipe.seed, "block", loaded.index),
+                    self._job.device,
+                    lambda iteration, loss: self._listener.step(loaded.index, iteration, loss),
+                )
+            except AutoRoundError as error:
+                raise type(error)(f"{loaded.name}: {error}") from None
+            except torch.cuda.OutOfMemoryError as error:  # that of every accelerator, under its oldest name
+                if recipe.batch_size == 1:
+                    raise AutoRoundError(
+                        f"{loaded.name}: {self._job.device} has too little memory even for one sample at a time: "
+                        f"{error}\nLower seqlen, pass low_gpu_mem_usage, or choose another device."
+                    ) from None
+            self._job = micro_batched(self._job, fewer(recipe.batch_size))
+            self._listener.warn(
+                f"{loaded.name}: {self._job.device} ran out of memory; going on with {self._job.recipe.batch_size} "
+                f"samples at a time instead of {recipe.batch_size}, as many in a step as before"
             )
-        except AutoRoundError as error:
-            raise type(error)(f"{loaded.name}: {error}") from None
-        except torch.cuda.OutOfMemoryError as error:  # that of every accelerator, under its oldest name
-            if recipe.batch_size == 1:
-                raise AutoRoundError(
-                    f"{loaded.name}: {self._job.device} has too little memory even for one sample at a time: {error}\n"
-                    "Lower seqlen, pass low_gpu_mem_usage, or choose another device."
-                ) from None
-        self._job = micro_batched(self._job, fewer(recipe.batch_size))
-        self._listener.warn(
-            f"{loaded.name}: {self._job.device} ran out of memory; going on with {self._job.recipe.batch_size} samples "
-            f"at a time instead of {recipe.batch_size}, as many in a step as before"
-        )
-        release_cached(self._job.device)
-        return None
+            release_cached(self._job.device)
 
     def _heads(self, calibration: CalibrationSet, final: Tensor, settings: Walk) -> None:
         """Layers outside the blocks: range search and compensated rounding on their real inputs, no steps.

@@ -1,4 +1,4 @@
-"""Tuning one block: a start for every Linear in it, then sign-SGD on the block's output error."""
+"""Tuning one block: a start for every Linear in it, then sign-SGD on the loss of the block's output."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ from auto_round.tune.starting import Layer, start_layer
 CHECKPOINTS = (0.5, 0.75, 1.0)
 LARGEST = 4.0  # a token's size in the loss, in medians of all tokens' sizes
 STATE_BYTES = 8  # of each weight while it is tuned: W and V in float32
+
+# (output, targets, weights, samples) -> sum over tokens of their weight times what each loses, see `square_error`.
+BlockLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -71,13 +74,14 @@ class BlockTask:
 
     run: hidden states (batch, tokens, hidden) of the samples whose indices (batch,) int64 are given -> the block's
     output of the same shape. linears: the Linears to quantise, whose weights `run` reads. weights: their exact weights
-    (out, in). schemes: one for each Linear.
+    (out, in). schemes: one for each Linear. loss: what is made small, `square_error` when None.
     """
 
     run: Callable[[Tensor, Tensor], Tensor]
     linears: Mapping[str, nn.Linear]
     weights: Mapping[str, Tensor]
     schemes: Mapping[str, Scheme]
+    loss: BlockLoss | None = None
 
 
 def token_weights(targets: Tensor, mask: Tensor | None) -> Tensor:
@@ -94,10 +98,13 @@ def token_weights(targets: Tensor, mask: Tensor | None) -> Tensor:
     return weights * real
 
 
-def weighted_square_error(output: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """Sum over the tokens of their weight (samples, tokens) times their squared differences, in float32."""
+def square_error(output: Tensor, target: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+    """Sum over the tokens of their weight (samples, tokens) times their mean squared difference, in float32.
+
+    output, target: (samples, tokens, ...). rows: the samples' indices, which do not matter here.
+    """
     difference = output.float() - target.float()
-    return (difference.square().flatten(2).sum(2) * weights).sum()
+    return (difference.square().flatten(2).mean(2) * weights).sum()
 
 
 def tune_block(
@@ -149,19 +156,19 @@ def tune_block(
 
 @torch.no_grad()
 def evaluate(task: BlockTask, activations: Activations, rows: Tensor, batch_size: int, device: torch.device) -> float:
-    """Mean squared error, tokens weighted, of the block with its present weights over the samples `rows`."""
-    total = torch.zeros((), device=device, dtype=torch.float64)
+    """Mean loss of a token, tokens weighted, of the block with its present weights over the samples `rows`."""
+    total, loss = torch.zeros((), device=device, dtype=torch.float64), task.loss or square_error
     for batch in rows.split(batch_size):
         inputs, targets, weights = activations.pick(batch, device)
-        total += weighted_square_error(task.run(inputs, batch), targets, weights)
-    return float(total) / _values(activations, rows)
+        total += loss(task.run(inputs, batch), targets, weights, batch)
+    return float(total) / _tokens(activations, rows)
 
 
-def _values(activations: Activations, rows: Tensor) -> int:
-    """How many output values of the samples `rows` count."""
-    tokens, per_token = activations.targets.shape[1], activations.targets[0, 0].numel()
-    counted = len(rows) * tokens if activations.mask is None else int(activations.mask[rows].sum())
-    return max(counted, 1) * per_token
+def _tokens(activations: Activations, rows: Tensor) -> int:
+    """How many tokens of the samples `rows` are real, at least one."""
+    if activations.mask is None:
+        return len(rows) * activations.targets.shape[1]
+    return max(1, int(activations.mask[rows].sum()))
 
 
 def _is_finite(value: float) -> bool:
@@ -267,11 +274,11 @@ def _steps(
             if len(queue) < per_step:
                 queue = train[torch.randperm(len(train), generator=generator)]
             rows, queue = queue[:per_step], queue[per_step:]
-            values = _values(activations, rows)
+            tokens = _tokens(activations, rows)
             total = torch.zeros((), device=device)
             for batch in rows.split(recipe.batch_size):
                 inputs, targets, weights = activations.pick(batch, device)
-                loss = weighted_square_error(task.run(inputs, batch), targets, weights) / values
+                loss = (task.loss or square_error)(task.run(inputs, batch), targets, weights, batch) / tokens
                 loss.backward()
                 total += loss.detach()
             share = 1 - iteration / recipe.iters
