@@ -33,7 +33,7 @@ def test_the_divergence_and_its_gradient_are_the_plain_ones(at_once: int, monkey
     monkeypatch.setattr(divergence, "AT_ONCE", at_once)
     original, found, again = random(0, *SHAPE), random(1, *SHAPE).requires_grad_(), random(1, *SHAPE).requires_grad_()
     weights = torch.tensor([[1.0, 1, 0.5, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
-    total = kl_divergence(lambda part: original[:, part], lambda part: found[:, part], weights, SHAPE[-1])
+    total = kl_divergence(lambda part: original[:, part], lambda part: found[:, part], weights)
     expected = plain(original, again, weights)
     expected.backward()
     torch.testing.assert_close(total, expected.detach())
@@ -45,12 +45,12 @@ def test_a_step_sees_some_tokens_and_stands_for_all(llama_folder: Path) -> None:
     blocks = tuple(f"model.layers.{index}" for index in range(len(skeleton.model.model.layers)))
     width: int = skeleton.model.config.hidden_size
     tokens = torch.randint(3, VOCABULARY, (4, 400), generator=torch.Generator().manual_seed(0))
-    loss = TokenLoss(skeleton, blocks, tokens, torch.Generator().manual_seed(0))
+    loss = TokenLoss(skeleton, blocks, tokens, 0)
     target, rows, weights = 4 * random(2, 4, 400, width), torch.arange(4), torch.ones(4, 400)
     output = target + 0.5 * random(3, 4, 400, width)
     with behind_blocks(skeleton, blocks, torch.float32, torch.device("cpu")):
         whole = loss(output, target, weights, rows)
-        step = loss(output.requires_grad_(), target, weights, rows)
+        step = loss(output.requires_grad_(), target, weights, rows, 5)
         step.backward()
     assert output.grad is not None
     seen = output.grad.abs().sum((0, 2)) > 0

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from auto_round.calibrate.capture import logits_of
+from auto_round.runtime.rng import generator_for
 from auto_round.source.skeleton import Skeleton
 
 AT_ONCE = 32  # tokens whose logits are there at once: enough to use a head's weights well, few enough to stay small
@@ -40,39 +41,40 @@ def kl_divergence(original: Logits, found: Logits, weights: Tensor) -> Tensor:
 class TokenLoss:
     """Loss of the last block by what comes of it: the KL divergence of the tokens, instead of a square error.
 
-    Everything outside the blocks must be loaded, see `behind_blocks`. With a gradient it draws some of the tokens anew
-    at each call and scales the sum up to all of them.
+    Everything outside the blocks must be loaded, see `behind_blocks`. A step sees some of the tokens, drawn anew, and
+    its sum is scaled up to all of them.
     """
 
-    def __init__(
-        self, skeleton: Skeleton, block_names: Sequence[str], tokens: Tensor, generator: torch.Generator
-    ) -> None:
-        """tokens: (samples, tokens) int64, those of all samples. generator: draws the tokens that a step sees."""
-        self._skeleton, self._names, self._tokens, self._generator = skeleton, block_names, tokens, generator
+    def __init__(self, skeleton: Skeleton, block_names: Sequence[str], tokens: Tensor, seed: int) -> None:
+        """tokens: (samples, tokens) int64, those of all samples. seed: draws the tokens that a step sees."""
+        self._skeleton, self._names, self._tokens, self._seed = skeleton, block_names, tokens, seed
 
-    def __call__(self, output: Tensor, target: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
-        """Sum over tokens of weights (batch, tokens) times KL(original || quantised), with a graph if `output` has one.
+    def __call__(
+        self, output: Tensor, target: Tensor, weights: Tensor, rows: Tensor, iteration: int | None = None
+    ) -> Tensor:
+        """Sum over tokens of weights (batch, tokens) times KL(original || quantised).
 
         output, target: (batch, tokens, hidden) behind the last block for the samples `rows` int64, quantised and
-        original. Raises NoLogitsError, see `logits_of`.
+        original. iteration: the step; None to look at all tokens, without a graph. Raises NoLogitsError (`logits_of`).
         """
         ids = self._tokens[rows.to(self._tokens.device)].to(output.device)
-        final, whole = output.detach(), weights
-        if output.requires_grad:
-            count = max(1, round(SHARE * ids.shape[1]))
-            chosen = torch.randperm(ids.shape[1], generator=self._generator)[:count].sort().values.to(output.device)
-            final, target, weights, ids = final[:, chosen], target[:, chosen], weights[:, chosen], ids[:, chosen]
-            final.requires_grad_(True)
+        if iteration is None:
+            return self._divergence(output, target, weights, ids)
+        count, length = max(1, round(SHARE * ids.shape[1])), ids.shape[1]
+        chosen = torch.randperm(length, generator=generator_for(self._seed, "tokens", iteration))[:count].sort().values
+        chosen = chosen.to(output.device)
+        final = output.detach()[:, chosen].requires_grad_(True)
+        total = self._divergence(final, target[:, chosen], weights[:, chosen], ids[:, chosen])
+        assert final.grad is not None
+        scale = weights.sum() / weights[:, chosen].sum().clamp_min(1e-9)
+        # A term that is 0 and whose gradient in `output` is the one found already.
+        picked = output[:, chosen].float()
+        return scale * (total + ((picked - picked.detach()) * final.grad.float()).sum())
+
+    def _divergence(self, final: Tensor, target: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         model, names = self._skeleton.model, self._names
-        total = kl_divergence(
+        return kl_divergence(
             lambda part: logits_of(model, names, ids[:, part], target[:, part]),
             lambda part: logits_of(model, names, ids[:, part], final[:, part]),
             weights,
         )
-        if not output.requires_grad:
-            return total
-        assert final.grad is not None
-        scale = whole.sum() / weights.sum().clamp_min(1e-9)
-        # A term that is 0 and whose gradient in `output` is the one found already.
-        picked = output[:, chosen].float()
-        return scale * (total + ((picked - picked.detach()) * final.grad.float()).sum())

@@ -68,7 +68,7 @@ class Front:
         settings = self._settings
         outside = outside_blocks(self._skeleton.model, self._names)
         for name, module in outside:
-            self._skeleton.load(module, name, settings.dtype, settings.device)
+            self._skeleton.load(module, name, settings.dtype, settings.device, alone=True)
         if len(tokens) > 1:
             self._compare(tokens, beside)
         states: Tensor | None = None
@@ -88,7 +88,7 @@ class Front:
             if size not in self._calls:
                 self._capture(tokens[:size], beside[:size])
         for name, module in outside:
-            self._skeleton.free(module, name)
+            self._skeleton.free(module, name, alone=True)
         assert states is not None
         return states
 
@@ -202,13 +202,13 @@ def behind_blocks(
     modules = outside_blocks(skeleton.model, block_names)
     modules += [(name, module) for name, module in skeleton.model.named_modules() if module is head]
     for name, module in modules:
-        skeleton.load(module, name, dtype, device, weight)
+        skeleton.load(module, name, dtype, device, weight, alone=True)
     read.clear()
     try:
         yield
     finally:
         for name, module in modules:
-            skeleton.free(module, name)
+            skeleton.free(module, name, alone=True)
 
 
 def outside_blocks(model: nn.Module, block_names: Sequence[str]) -> list[tuple[str, nn.Module]]:

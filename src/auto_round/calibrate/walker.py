@@ -89,7 +89,7 @@ def head_inputs(
     """
     outside = [(name, module) for name, module in outside_blocks(skeleton.model, block_names) if module is not head]
     for name, module in outside:
-        skeleton.load(module, name, settings.dtype, settings.device)
+        skeleton.load(module, name, settings.dtype, settings.device, alone=True)
     for begin in range(0, len(tokens), settings.batch_size):
         rows = slice(begin, begin + settings.batch_size)
         batch, states = tokens[rows].to(settings.device), hidden[rows].to(settings.device)
@@ -98,7 +98,7 @@ def head_inputs(
         if inputs is not None:
             yield rows, inputs
     for name, module in outside:
-        skeleton.free(module, name)
+        skeleton.free(module, name, alone=True)
 
 
 def _copy(original: Tensor, settings: Walk, name: str) -> Tensor:

@@ -174,7 +174,7 @@ class Runner:
         activations = Activations.of(loaded.inputs, loaded.targets, mask)
         if loaded.targets.shape[:2] != tokens.shape:  # the model adds tokens of its own
             return self._tuned(loaded, task, activations)
-        loss = TokenLoss(skeleton, names, tokens, generator_for(self._job.recipe.seed, "tokens"))
+        loss = TokenLoss(skeleton, names, tokens, self._job.recipe.seed)
         alike = torch.ones(tokens.shape, device=loaded.targets.device) if mask is None else mask.float()
         first = loaded.targets[:1].to(device)
         with behind_blocks(skeleton, names, self._job.dtype, device):

@@ -129,13 +129,15 @@ class Skeleton:
         dtype: torch.dtype,
         device: torch.device,
         weight: Callable[[str], Tensor] | None = None,
+        *,
+        alone: bool = False,
     ) -> None:
         """Give every parameter of `module` (called `name` in the model) its weights, in `dtype` on `device`.
 
-        weight: where they come from, by full name; the checkpoint when None.
+        weight: where they come from, by full name; the checkpoint when None. alone: not those of modules below it.
         """
         read = weight or self.weight
-        for path, owner, key in _slots(module, name):
+        for path, owner, key in _slots(module, name, alone):
             if owner._parameters.get(key) is not None:
                 value = read(path)
                 value = value.to(device, dtype) if value.is_floating_point() else value.to(device)
@@ -145,9 +147,9 @@ class Skeleton:
                 owner._buffers[key] = buffer.to(device)  # type: ignore[union-attr]
         self._stack = ("", torch.empty(0))
 
-    def free(self, module: nn.Module, name: str) -> None:
-        """Put every parameter of `module` back on the meta device."""
-        for _, owner, key in _slots(module, name):
+    def free(self, module: nn.Module, name: str, *, alone: bool = False) -> None:
+        """Put every parameter of `module` back on the meta device; alone: not those of modules below it."""
+        for _, owner, key in _slots(module, name, alone):
             parameter = owner._parameters.get(key)
             if parameter is not None:
                 owner._parameters[key] = nn.Parameter(parameter.to("meta"), requires_grad=False)
@@ -166,10 +168,10 @@ def auto_class(config: PretrainedConfig) -> Any:
     return known[0] if known else AutoModelForCausalLM
 
 
-def _slots(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module, str]]:
-    """(full name, owning module, key in it) of every parameter and buffer below `module`."""
+def _slots(module: nn.Module, prefix: str, alone: bool) -> list[tuple[str, nn.Module, str]]:
+    """(full name, owning module, key in it) of all parameters and buffers of `module`, and below it unless alone."""
     found = []
-    for path, owner in module.named_modules():
+    for path, owner in [("", module)] if alone else module.named_modules():
         full = ".".join(part for part in (prefix, path) if part)
         found += [(f"{full}.{key}" if full else key, owner, key) for key in [*owner._parameters, *owner._buffers]]
     return found

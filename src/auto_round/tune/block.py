@@ -22,8 +22,9 @@ CHECKPOINTS = (0.5, 0.75, 1.0)
 LARGEST = 4.0  # a token's size in the loss, in medians of all tokens' sizes
 STATE_BYTES = 8  # of each weight while it is tuned: W and V in float32
 
-# (output, targets, weights, samples) -> sum over tokens of their weight times what each loses, see `square_error`.
-BlockLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# (output, targets, weights, samples, step or None) -> sum over tokens of their weight times what each loses; see
+# `square_error`. Where no step is given the block is judged, and nothing is to be drawn.
+BlockLoss = Callable[[Tensor, Tensor, Tensor, Tensor, int | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,10 @@ def token_weights(targets: Tensor, mask: Tensor | None) -> Tensor:
     return weights * real
 
 
-def square_error(output: Tensor, target: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+def square_error(output: Tensor, target: Tensor, weights: Tensor, *_: object) -> Tensor:
     """Sum over the tokens of their weight (samples, tokens) times their mean squared difference, in float32.
 
-    output, target: (samples, tokens, ...). rows: the samples' indices, which do not matter here.
+    output, target: (samples, tokens, ...). Which samples they are and in which step does not matter here.
     """
     difference = output.float() - target.float()
     return (difference.square().flatten(2).mean(2) * weights).sum()
@@ -160,7 +161,7 @@ def evaluate(task: BlockTask, activations: Activations, rows: Tensor, batch_size
     total, loss = torch.zeros((), device=device, dtype=torch.float64), task.loss or square_error
     for batch in rows.split(batch_size):
         inputs, targets, weights = activations.pick(batch, device)
-        total += loss(task.run(inputs, batch), targets, weights, batch)
+        total += loss(task.run(inputs, batch), targets, weights, batch, None)
     return float(total) / _tokens(activations, rows)
 
 
@@ -278,7 +279,8 @@ def _steps(
             total = torch.zeros((), device=device)
             for batch in rows.split(recipe.batch_size):
                 inputs, targets, weights = activations.pick(batch, device)
-                loss = (task.loss or square_error)(task.run(inputs, batch), targets, weights, batch) / tokens
+                output = task.run(inputs, batch)
+                loss = (task.loss or square_error)(output, targets, weights, batch, iteration) / tokens
                 loss.backward()
                 total += loss.detach()
             share = 1 - iteration / recipe.iters
