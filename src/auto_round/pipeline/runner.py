@@ -89,7 +89,7 @@ class Runner:
                 if mask is not None and loaded.inputs.shape[1] != mask.shape[1]:
                     self._listener.warn("this model adds tokens of its own; padding counts as text then")
                     mask = None
-                finished.append(self._restored(loaded) or self._tune_one(loaded, calibration.tokens, mask))
+                finished.append(self._restored(loaded) or self._tune_one(loaded, calibration, mask))
                 final = loaded.inputs if settings.quantised_inputs else loaded.targets
                 release_cached(job.device)
             if self._prepared.outside and final is not None:
@@ -146,7 +146,7 @@ class Runner:
         self._listener.block_finished(stats)
         return stats
 
-    def _tune_one(self, loaded: LoadedBlock, tokens: Tensor, mask: Tensor | None) -> BlockStats:
+    def _tune_one(self, loaded: LoadedBlock, calibration: CalibrationSet, mask: Tensor | None) -> BlockStats:
         begin = time.perf_counter()
         self._listener.block_started(loaded.index, loaded.name)
         planned = {name: linear for name, linear in loaded.linears.items() if name in self._plan.quantised}
@@ -163,26 +163,34 @@ class Runner:
             schemes={name: scheme for name in planned if (scheme := self._plan.quantised[name].scheme) is not None},
         )
         if self._job.recipe.iters and loaded.index == len(self._prepared.blocks) - 1:
-            tuned = self._tuned_by_tokens(loaded, task, tokens, mask)
+            tuned = self._tuned_by_tokens(loaded, task, calibration, mask)
         else:
             tuned = self._tuned(loaded, task, Activations.of(loaded.inputs, loaded.targets, mask))
         return self._finish(tuned.tensors, self._stats(loaded.index, loaded.name, len(planned), begin, tuned))
 
-    def _tuned_by_tokens(self, loaded: LoadedBlock, task: BlockTask, tokens: Tensor, mask: Tensor | None) -> TunedBlock:
+    def _tuned_by_tokens(
+        self, loaded: LoadedBlock, task: BlockTask, calibration: CalibrationSet, mask: Tensor | None
+    ) -> TunedBlock:
         """Tune the last block by the KL divergence of the model's tokens; by the square error where none are shown."""
         skeleton, names, device = self._skeleton, self._prepared.blocks, self._job.device
         activations = Activations.of(loaded.inputs, loaded.targets, mask)
-        if loaded.targets.shape[:2] != tokens.shape:  # the model adds tokens of its own
+        # Where there are images, or the model adds tokens of its own, it cannot be run on the tokens alone.
+        if calibration.beside or loaded.targets.shape[:2] != calibration.tokens.shape:
             return self._tuned(loaded, task, activations)
-        loss = TokenLoss(skeleton, names, tokens, self._job.recipe.seed)
-        alike = torch.ones(tokens.shape, device=loaded.targets.device) if mask is None else mask.float()
+        loss = TokenLoss(skeleton, names, calibration.tokens, self._job.recipe.seed)
+        alike = calibration.mask.float()
         first = loaded.targets[:1].to(device)
         with behind_blocks(skeleton, names, self._job.dtype, device):
             try:
-                loss(first, first, torch.ones(first.shape[:2], device=device), torch.tensor([0]))
+                # Not finite where the model rules tokens out by logits of minus infinity.
+                shown = bool(
+                    loss(first, first, torch.ones(first.shape[:2], device=device), torch.tensor([0])).isfinite()
+                )
             except NoLogitsError:
-                return self._tuned(loaded, task, activations)
-            return self._tuned(loaded, replace(task, loss=loss), replace(activations, weights=alike))
+                shown = False
+            if shown:
+                task, activations = replace(task, loss=loss), replace(activations, weights=alike)
+            return self._tuned(loaded, task, activations)
 
     def _tuned(self, loaded: LoadedBlock, task: BlockTask, activations: Activations) -> TunedBlock:
         """Tune one block, with fewer samples at once when the device's memory is too small.
