@@ -179,16 +179,17 @@ def logits_of(model: nn.Module, block_names: Sequence[str], tokens: Tensor, hidd
     `hidden` has one.
 
     tokens: (batch, tokens) int64; hidden: (batch, tokens, hidden). Everything but the blocks is loaded. Raises
-    NoLogitsError when the model does not show them to the hidden states it is handed.
+    NoLogitsError when the model does not show a row of them for every hidden state it is handed.
     """
     caught: list[Tensor] = []
     handle = model.register_forward_hook(lambda _, args, output: caught.append(output.logits))
     try:
         for width in TUPLE_WIDTHS:
             _record(model, block_names, {"input_ids": tokens}, width=width, final=hidden)
-            if caught and len(caught[0]) == len(tokens):  # a wrong width may take one sample for the batch
+            # A wrong width may take one sample for the batch; some models look at fewer tokens, or at several streams.
+            if caught and caught[0].dim() == 3 and caught[0].shape[:2] == tokens.shape:
                 return caught[0]
             caught.clear()
     finally:
         handle.remove()
-    raise NoLogitsError(f"{type(model).__name__} gave no logits for the hidden states behind its last block")
+    raise NoLogitsError(f"{type(model).__name__} gave no logits for each of the hidden states behind its last block")

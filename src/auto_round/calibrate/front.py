@@ -66,9 +66,11 @@ class Front:
         Raises SourceError when the model's hidden states have no dimensions of samples and tokens.
         """
         settings = self._settings
-        outside = outside_blocks(self._skeleton.model, self._names)
-        for name, module in outside:
-            self._skeleton.load(module, name, settings.dtype, settings.device, alone=True)
+        with loaded(self._skeleton, outside_blocks(self._skeleton.model, self._names), settings.dtype, settings.device):
+            return self._hidden(tokens, beside)
+
+    def _hidden(self, tokens: Tensor, beside: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        settings = self._settings
         if len(tokens) > 1:
             self._compare(tokens, beside)
         states: Tensor | None = None
@@ -87,8 +89,6 @@ class Front:
         for size in range(1, min(settings.batch_size, len(tokens)) + 1):
             if size not in self._calls:
                 self._capture(tokens[:size], beside[:size])
-        for name, module in outside:
-            self._skeleton.free(module, name, alone=True)
         assert states is not None
         return states
 
@@ -185,10 +185,10 @@ def store(shape: Sequence[int], dtype: torch.dtype, settings: Walk, name: str) -
 
 
 @contextmanager
-def behind_blocks(
-    skeleton: Skeleton, block_names: Sequence[str], dtype: torch.dtype, device: torch.device
+def loaded(
+    skeleton: Skeleton, modules: Sequence[tuple[str, nn.Module]], dtype: torch.dtype, device: torch.device
 ) -> Iterator[None]:
-    """Everything outside the blocks loaded, the head too; a head that is the embedding is there once."""
+    """The modules' own parameters and buffers loaded, not those of modules below them; tied weights are there once."""
     read: dict[str, Tensor] = {}
 
     def weight(name: str) -> Tensor:
@@ -198,9 +198,6 @@ def behind_blocks(
             read[key] = value.to(device, dtype) if value.is_floating_point() else value
         return read[key]
 
-    head = skeleton.model.get_output_embeddings()
-    modules = outside_blocks(skeleton.model, block_names)
-    modules += [(name, module) for name, module in skeleton.model.named_modules() if module is head]
     for name, module in modules:
         skeleton.load(module, name, dtype, device, weight, alone=True)
     read.clear()
@@ -209,6 +206,17 @@ def behind_blocks(
     finally:
         for name, module in modules:
             skeleton.free(module, name, alone=True)
+
+
+@contextmanager
+def behind_blocks(
+    skeleton: Skeleton, block_names: Sequence[str], dtype: torch.dtype, device: torch.device
+) -> Iterator[None]:
+    """Everything outside the blocks loaded, the head too."""
+    head = skeleton.model.get_output_embeddings()
+    heads = [(name, module) for name, module in skeleton.model.named_modules() if module is head]
+    with loaded(skeleton, [*outside_blocks(skeleton.model, block_names), *heads], dtype, device):
+        yield
 
 
 def outside_blocks(model: nn.Module, block_names: Sequence[str]) -> list[tuple[str, nn.Module]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.calibrate.capture import inputs_of
-from auto_round.calibrate.front import Front, Walk, collated, outside_blocks, store
+from auto_round.calibrate.front import Front, Walk, collated, loaded, outside_blocks, store
 from auto_round.calibrate.handed import Left
 from auto_round.source.blocks import linears_in
 from auto_round.source.skeleton import Skeleton
@@ -88,17 +88,14 @@ def head_inputs(
     Nothing is yielded when the model does not run `head` on text.
     """
     outside = [(name, module) for name, module in outside_blocks(skeleton.model, block_names) if module is not head]
-    for name, module in outside:
-        skeleton.load(module, name, settings.dtype, settings.device, alone=True)
-    for begin in range(0, len(tokens), settings.batch_size):
-        rows = slice(begin, begin + settings.batch_size)
-        batch, states = tokens[rows].to(settings.device), hidden[rows].to(settings.device)
-        more = collated(beside[rows], settings.device, settings.dtype)
-        inputs = inputs_of(skeleton.model, block_names, batch, states, head, more)
-        if inputs is not None:
-            yield rows, inputs
-    for name, module in outside:
-        skeleton.free(module, name, alone=True)
+    with loaded(skeleton, outside, settings.dtype, settings.device):
+        for begin in range(0, len(tokens), settings.batch_size):
+            rows = slice(begin, begin + settings.batch_size)
+            batch, states = tokens[rows].to(settings.device), hidden[rows].to(settings.device)
+            more = collated(beside[rows], settings.device, settings.dtype)
+            inputs = inputs_of(skeleton.model, block_names, batch, states, head, more)
+            if inputs is not None:
+                yield rows, inputs
 
 
 def _copy(original: Tensor, settings: Walk, name: str) -> Tensor:

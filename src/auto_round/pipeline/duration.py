@@ -10,6 +10,7 @@ from auto_round.pipeline.gate import SENTENCE_TOKENS, Checked
 from auto_round.pipeline.job import Prepared
 from auto_round.pipeline.needs import Sizes, all_sizes
 from auto_round.pipeline.timing import ATTENTION_SHARE, Rates
+from auto_round.spec.recipe import Recipe
 
 LOSSES = 5  # passes over the held-out samples in one block: plain, start, and the candidates
 CHAINS = 2  # the original's activations and the quantised model's
@@ -41,6 +42,15 @@ def seconds(
     return {"passes": passes + reading, "starts": starts, "steps": steps, "keeping": keeping, **found}
 
 
+def _per_step(recipe: Recipe, samples: int) -> int:
+    return min(recipe.batch_size * recipe.gradient_accumulate_steps, samples)
+
+
+def _held(recipe: Recipe, samples: int) -> int:
+    """Samples on which a block is judged."""
+    return max(1, round(recipe.heldout * samples)) if recipe.heldout else samples
+
+
 def _replaced(prepared: Prepared) -> set[str]:
     return {prepared.stored_names[name] for name in prepared.plan.quantised if name in prepared.stored_names}
 
@@ -49,8 +59,7 @@ def _block(prepared: Prepared, sizes: Sizes, rates: Rates, samples: int, seqlen:
     """Seconds of one block's (forward passes, start, steps)."""
     recipe = prepared.job.recipe
     hidden: int = prepared.skeleton.model.get_input_embeddings().weight.shape[1]
-    per_step = min(recipe.batch_size * recipe.gradient_accumulate_steps, samples)
-    held = max(1, round(recipe.heldout * samples)) if recipe.heldout else samples
+    per_step, held = _per_step(recipe, samples), _held(recipe, samples)
     searching = recipe.start != "plain"
     products = rates.forward * (sizes.parameters + ATTENTION_SHARE * 2 * seqlen * hidden)  # of one token
     once, step = products + rates.around * sizes.features, 3 * products + rates.around_step * sizes.features
@@ -73,8 +82,7 @@ def _judging(prepared: Prepared, rates: Rates, samples: int, seqlen: int) -> flo
     head: int = prepared.skeleton.model.get_input_embeddings().weight.numel()
     if not recipe.iters:
         return 0.0
-    per_step = min(recipe.batch_size * recipe.gradient_accumulate_steps, samples)
-    held = max(1, round(recipe.heldout * samples)) if recipe.heldout else samples
+    per_step, held = _per_step(recipe, samples), _held(recipe, samples)
     return head * seqlen * rates.forward * (3 * SHARE * recipe.iters * per_step + 2 * LOSSES * held)
 
 
@@ -82,11 +90,10 @@ def _finishing(prepared: Prepared, rates: Rates, samples: int, seqlen: int, weig
     """The original once on all samples; in each step all blocks forwards and backwards, each weight from its codes."""
     recipe = prepared.job.recipe
     parameters: int = sum(p.numel() for p in prepared.skeleton.model.parameters())
-    per_step = min(recipe.batch_size * recipe.gradient_accumulate_steps, samples)
     features = sum(sizes.features for sizes in all_sizes(prepared))
     token = 4 * parameters * rates.forward + features * (rates.around + rates.around_step)
     tried = CHECKS * max(1, round(HELD * recipe.samples)) * seqlen * parameters * rates.forward
-    step = per_step * seqlen * token + 3 * weights * rates.restored
+    step = _per_step(recipe, samples) * seqlen * token + 3 * weights * rates.restored
     return recipe.samples * seqlen * parameters * rates.forward + tried + recipe.finish_iters * step
 
 

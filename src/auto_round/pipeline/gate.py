@@ -219,12 +219,11 @@ def _block_by_block(result: Quantised, tokens: Tensor) -> tuple[list[Tensor], Ta
     errors.append(_relative_error(quantised, original))
     with behind_blocks(prepared.skeleton, prepared.blocks, job.dtype, job.device):
         reference = list(_logits(prepared, tokens, original))
-        if len(reference[0]) != tokens.shape[1] - 1:
-            raise NoLogitsError("this model's logits are not one row for every token of a text")
         head = prepared.skeleton.model.get_output_embeddings()
         for name in prepared.outside:
             if prepared.skeleton.model.get_submodule(name) is head:
-                head.weight.data.copy_(result.tensor(name).dequantize())
+                # Not in place: a tied embedding's weight is the same memory.
+                head.weight.data = result.tensor(name).dequantize().to(head.weight)
         found = _distance(reference, _logits(prepared, tokens, quantised), tokens)
     return reference, found, errors
 

@@ -162,35 +162,32 @@ class Runner:
             weights={name: self._skeleton.weight(name + ".weight") for name in planned},
             schemes={name: scheme for name in planned if (scheme := self._plan.quantised[name].scheme) is not None},
         )
-        if self._job.recipe.iters and loaded.index == len(self._prepared.blocks) - 1:
-            tuned = self._tuned_by_tokens(loaded, task, calibration, mask)
-        else:
+        last = loaded.index == len(self._prepared.blocks) - 1
+        tuned = self._tuned_by_tokens(loaded, task, calibration, mask) if last and self._job.recipe.iters else None
+        if tuned is None:
             tuned = self._tuned(loaded, task, Activations.of(loaded.inputs, loaded.targets, mask))
         return self._finish(tuned.tensors, self._stats(loaded.index, loaded.name, len(planned), begin, tuned))
 
     def _tuned_by_tokens(
         self, loaded: LoadedBlock, task: BlockTask, calibration: CalibrationSet, mask: Tensor | None
-    ) -> TunedBlock:
-        """Tune the last block by the KL divergence of the model's tokens; by the square error where none are shown."""
+    ) -> TunedBlock | None:
+        """Tune the last block by the KL divergence of the model's tokens; None where the model does not show them."""
         skeleton, names, device = self._skeleton, self._prepared.blocks, self._job.device
-        activations = Activations.of(loaded.inputs, loaded.targets, mask)
         # Where there are images, or the model adds tokens of its own, it cannot be run on the tokens alone.
         if calibration.beside or loaded.targets.shape[:2] != calibration.tokens.shape:
-            return self._tuned(loaded, task, activations)
+            return None
         loss = TokenLoss(skeleton, names, calibration.tokens, self._job.recipe.seed)
-        alike = calibration.mask.float()
-        first = loaded.targets[:1].to(device)
+        activations = Activations(loaded.inputs, loaded.targets, mask, calibration.mask.float())
         with behind_blocks(skeleton, names, self._job.dtype, device):
+            first = torch.tensor([0])
+            _, target, weights = activations.pick(first, device)
             try:
-                # Not finite where the model rules tokens out by logits of minus infinity.
-                shown = bool(
-                    loss(first, first, torch.ones(first.shape[:2], device=device), torch.tensor([0])).isfinite()
-                )
+                tried = loss(target, target, weights, first)
             except NoLogitsError:
-                shown = False
-            if shown:
-                task, activations = replace(task, loss=loss), replace(activations, weights=alike)
-            return self._tuned(loaded, task, activations)
+                return None
+            if not tried.isfinite():  # the model rules tokens out by logits of minus infinity
+                return None
+            return self._tuned(loaded, replace(task, loss=loss), activations)
 
     def _tuned(self, loaded: LoadedBlock, task: BlockTask, activations: Activations) -> TunedBlock:
         """Tune one block, with fewer samples at once when the device's memory is too small.

@@ -69,20 +69,29 @@ class TunedBlock:
     unreached: tuple[str, ...] = ()
 
 
+def square_error(output: Tensor, target: Tensor, weights: Tensor, *_: object) -> Tensor:
+    """Sum over the tokens of their weight (samples, tokens) times their mean squared difference, in float32.
+
+    output, target: (samples, tokens, ...). Which samples they are and in which step does not matter here.
+    """
+    difference = output.float() - target.float()
+    return (difference.square().flatten(2).mean(2) * weights).sum()
+
+
 @dataclass(frozen=True)
 class BlockTask:
     """One block to tune.
 
     run: hidden states (batch, tokens, hidden) of the samples whose indices (batch,) int64 are given -> the block's
     output of the same shape. linears: the Linears to quantise, whose weights `run` reads. weights: their exact weights
-    (out, in). schemes: one for each Linear. loss: what is made small, `square_error` when None.
+    (out, in). schemes: one for each Linear. loss: what is made small.
     """
 
     run: Callable[[Tensor, Tensor], Tensor]
     linears: Mapping[str, nn.Linear]
     weights: Mapping[str, Tensor]
     schemes: Mapping[str, Scheme]
-    loss: BlockLoss | None = None
+    loss: BlockLoss = square_error
 
 
 def token_weights(targets: Tensor, mask: Tensor | None) -> Tensor:
@@ -97,15 +106,6 @@ def token_weights(targets: Tensor, mask: Tensor | None) -> Tensor:
     median = sizes[real].median() if real.any() else sizes.new_zeros(())
     weights = (LARGEST * median / sizes).clamp_max(1) if median else torch.ones_like(sizes)
     return weights * real
-
-
-def square_error(output: Tensor, target: Tensor, weights: Tensor, *_: object) -> Tensor:
-    """Sum over the tokens of their weight (samples, tokens) times their mean squared difference, in float32.
-
-    output, target: (samples, tokens, ...). Which samples they are and in which step does not matter here.
-    """
-    difference = output.float() - target.float()
-    return (difference.square().flatten(2).mean(2) * weights).sum()
 
 
 def tune_block(
@@ -158,10 +158,10 @@ def tune_block(
 @torch.no_grad()
 def evaluate(task: BlockTask, activations: Activations, rows: Tensor, batch_size: int, device: torch.device) -> float:
     """Mean loss of a token, tokens weighted, of the block with its present weights over the samples `rows`."""
-    total, loss = torch.zeros((), device=device, dtype=torch.float64), task.loss or square_error
+    total = torch.zeros((), device=device, dtype=torch.float64)
     for batch in rows.split(batch_size):
         inputs, targets, weights = activations.pick(batch, device)
-        total += loss(task.run(inputs, batch), targets, weights, batch, None)
+        total += task.loss(task.run(inputs, batch), targets, weights, batch, None)
     return float(total) / _tokens(activations, rows)
 
 
@@ -279,8 +279,7 @@ def _steps(
             total = torch.zeros((), device=device)
             for batch in rows.split(recipe.batch_size):
                 inputs, targets, weights = activations.pick(batch, device)
-                output = task.run(inputs, batch)
-                loss = (task.loss or square_error)(output, targets, weights, batch, iteration) / tokens
+                loss = task.loss(task.run(inputs, batch), targets, weights, batch, iteration) / tokens
                 loss.backward()
                 total += loss.detach()
             share = 1 - iteration / recipe.iters
