@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, JetMoeConfig, JetMoeForCausalLM
 
 from auto_round import AutoRound
 from auto_round.errors import SpecError
@@ -136,6 +136,23 @@ def test_blocks_of_gguf_learn_too(smollm2: Path, tmp_path: Path) -> None:
     report = learning.quantize_and_save(tmp_path / "out", format="gguf:q2_k_s", max_kl=20)
     assert report.finishing is not None
     assert report.finishing["kl_after"] < report.finishing["kl_before"]
+
+
+def test_experts_whose_own_name_ends_in_weight_learn_too(tmp_path: Path) -> None:
+    config = JetMoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        kv_channels=16,
+        intermediate_size=64,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    JetMoeForCausalLM(config).save_pretrained(tmp_path / "jetmoe")
+    result = tuner(tmp_path / "jetmoe", finish_iters=1).quantize()
+    assert "model.layers.0.mlp.input_linear.0.weight" in result.plan.quantised
+    assert result.journal.stats("finished").layers == len(result.plan.quantised)
 
 
 def test_fewer_samples_than_the_blocks_have_are_an_error(loud: Path) -> None:

@@ -49,10 +49,8 @@ class _Finisher:
     ) -> None:
         self._prepared, self._journal, self._data, self._listener = prepared, journal, data, listener
         self._settings, self._recipe = settings, prepared.job.recipe
-        outside = set(prepared.outside)
-        self._layers = {
-            f"{name}.weight": ScaleState(self._tensor(name)) for name in prepared.plan.quantised if name not in outside
-        }
+        inside = [f"{name}.weight" for name in prepared.plan.quantised if name not in prepared.outside]
+        self._layers = {name: ScaleState(self._tensor(name)) for name in inside}
         self._best: dict[str, Tensor] = {}
         self._heads = _heads(prepared, journal)
 
@@ -137,8 +135,8 @@ class _Finisher:
         return total
 
     def _take(self, name: str, grad: Tensor) -> None:
-        if f"{name}.weight" in self._layers:
-            self._layers[f"{name}.weight"].add(self._tensor(name), grad)
+        if state := self._layers.get(f"{name}.weight"):
+            state.add(self._tensor(f"{name}.weight"), grad)
 
     def _held(self, chain: Chain, rows: Tensor) -> float:
         positions = int(self._data.mask[rows].sum())
@@ -182,7 +180,7 @@ class _Finisher:
         return self._layers[name].weight(self._tensor(name))
 
     def _tensor(self, name: str) -> QuantTensor:
-        """Codes and scales that the blocks ended with, by the name of the layer or of its weight."""
+        """Codes and scales that the blocks ended with, by the name of the layer's weight."""
         return self._journal.get(name.removesuffix(".weight")).to(self._settings.device)
 
     def _keep_best(self) -> None:
