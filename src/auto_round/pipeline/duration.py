@@ -42,10 +42,6 @@ def seconds(
     return {"passes": passes + reading, "starts": starts, "steps": steps, "keeping": keeping, **found}
 
 
-def _per_step(recipe: Recipe, samples: int) -> int:
-    return min(recipe.batch_size * recipe.gradient_accumulate_steps, samples)
-
-
 def _held(recipe: Recipe, samples: int) -> int:
     """Samples on which a block is judged."""
     return max(1, round(recipe.heldout * samples)) if recipe.heldout else samples
@@ -59,7 +55,7 @@ def _block(prepared: Prepared, sizes: Sizes, rates: Rates, samples: int, seqlen:
     """Seconds of one block's (forward passes, start, steps)."""
     recipe = prepared.job.recipe
     hidden: int = prepared.skeleton.model.get_input_embeddings().weight.shape[1]
-    per_step, held = _per_step(recipe, samples), _held(recipe, samples)
+    per_step, held = recipe.per_step(samples), _held(recipe, samples)
     searching = recipe.start != "plain"
     products = rates.forward * (sizes.parameters + ATTENTION_SHARE * 2 * seqlen * hidden)  # of one token
     once, step = products + rates.around * sizes.features, 3 * products + rates.around_step * sizes.features
@@ -82,7 +78,7 @@ def _judging(prepared: Prepared, rates: Rates, samples: int, seqlen: int) -> flo
     head: int = prepared.skeleton.model.get_input_embeddings().weight.numel()
     if not recipe.iters:
         return 0.0
-    per_step, held = _per_step(recipe, samples), _held(recipe, samples)
+    per_step, held = recipe.per_step(samples), _held(recipe, samples)
     return head * seqlen * rates.forward * (3 * SHARE * recipe.iters * per_step + 2 * LOSSES * held)
 
 
@@ -93,7 +89,7 @@ def _finishing(prepared: Prepared, rates: Rates, samples: int, seqlen: int, weig
     features = sum(sizes.features for sizes in all_sizes(prepared))
     token = 4 * parameters * rates.forward + features * (rates.around + rates.around_step)
     tried = CHECKS * max(1, round(HELD * recipe.samples)) * seqlen * parameters * rates.forward
-    step = _per_step(recipe, samples) * seqlen * token + 3 * weights * rates.restored
+    step = recipe.per_step(samples) * seqlen * token + 3 * weights * rates.restored
     return recipe.samples * seqlen * parameters * rates.forward + tried + recipe.finish_iters * step
 
 

@@ -49,7 +49,8 @@ class _Finisher:
     ) -> None:
         self._prepared, self._journal, self._data, self._listener = prepared, journal, data, listener
         self._settings, self._recipe = settings, prepared.job.recipe
-        inside = [f"{name}.weight" for name in prepared.plan.quantised if name not in prepared.outside]
+        outside = set(prepared.outside)  # found anew each time it is asked for
+        inside = [f"{name}.weight" for name in prepared.plan.quantised if name not in outside]
         self._layers = {name: ScaleState(self._tensor(name)) for name in inside}
         self._best: dict[str, Tensor] = {}
         self._heads = _heads(prepared, journal)
@@ -110,7 +111,7 @@ class _Finisher:
     def _batches(self, count: int) -> list[Tensor]:
         """The samples of every step: all of them in an order of its own, again and again."""
         recipe = self._recipe
-        size = min(recipe.batch_size * recipe.gradient_accumulate_steps, count)
+        size = recipe.per_step(count)
         generator, queue, found = generator_for(recipe.seed, "finish"), torch.empty(0, dtype=torch.int64), []
         for _ in range(recipe.finish_iters):
             if len(queue) < size:

@@ -79,6 +79,10 @@ class Recipe:
         if not 0 <= self.heldout <= 0.5:
             raise SpecError(f"heldout={self.heldout!r} must lie between 0 and 0.5")
 
+    def per_step(self, count: int) -> int:
+        """Samples in one step, of `count` that there are."""
+        return min(self.batch_size * self.gradient_accumulate_steps, count)
+
     def v_lr(self, bits: int) -> float:
         """Step size of V at the first step, in layers of so many bits."""
         return self.lr if self.lr is not None else min((1.0 if bits == 2 else 0.5) / max(self.iters, 1), LONGEST)

@@ -265,7 +265,7 @@ def _steps(
     on_step: Callable[[int, float], None],
 ) -> Iterator[int]:
     """Yield the number of steps done after each step, the Linears' weights being those of the new codes."""
-    per_step = min(recipe.batch_size * recipe.gradient_accumulate_steps, len(train))
+    per_step = recipe.per_step(len(train))
     queue = train[:0]
     report_every = max(1, recipe.iters // 20)
     for linear in task.linears.values():
