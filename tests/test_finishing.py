@@ -14,6 +14,7 @@ from auto_round import AutoRound
 from auto_round.errors import SpecError
 from auto_round.load import load_qtensors
 from auto_round.report.record import RunReport
+from auto_round.tune.block import token_weights
 from tests.conftest import VOCABULARY, tiny_llama, tiny_xlnet
 
 SAMPLES = torch.randint(3, VOCABULARY, (32, 24), generator=torch.Generator().manual_seed(3))
@@ -61,6 +62,16 @@ def divergence(model: Path, folder: Path, tokens: Tensor) -> float:
     return float((expected.exp() * (expected - found)).sum(-1).mean())
 
 
+@torch.no_grad()
+def behind_last_block(folder: Path, tokens: Tensor) -> Tensor:
+    """Hidden states (samples, tokens, hidden) that leave the last block."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    caught: list[Tensor] = []
+    model.model.layers[-1].register_forward_hook(lambda _, args, output: caught.append(output))
+    model(tokens)
+    return caught[0]
+
+
 @pytest.fixture(scope="module")
 def finished(loud: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, RunReport]:
     """The model without the stage and with it, and the record of the latter."""
@@ -71,12 +82,27 @@ def finished(loud: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 
 
 @pytest.mark.parametrize("short", [24, 9], ids=["whole", "padded"])
-def test_the_last_block_is_judged_by_the_tokens(loud: Path, tmp_path: Path, short: int) -> None:
+def test_a_last_block_of_2_bits_is_judged_by_the_tokens(loud: Path, tmp_path: Path, short: int) -> None:
     rows = [row[:length] for row, length in zip(SAMPLES, (24, short) * 4, strict=False)]
     run = tuner(loud, dataset=rows, start="compensated", iters=4, heldout=0.0, finish_iters=0, finish_nsamples=8)
     report = run.quantize_and_save(tmp_path / "out")
     found = sum(len(row) * divergence(loud, tmp_path / "out", row[None]) for row in rows) / sum(map(len, rows))
     assert report.blocks[-1].loss_end == pytest.approx(found, rel=1e-3)
+
+
+def test_a_last_block_of_more_bits_is_judged_by_its_square_error(loud: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "start": "compensated",
+        "iters": 4,
+        "heldout": 0.0,
+        "finish_iters": 0,
+        "finish_nsamples": 8,
+    }
+    run = tuner(loud, scheme="W4A16G32", dataset=SAMPLES[:8], **settings)
+    report = run.quantize_and_save(tmp_path / "out")
+    target, output = (behind_last_block(path, SAMPLES[:8]) for path in (loud, tmp_path / "out"))
+    errors = (output - target).square().mean(-1) * token_weights(target, None)
+    assert report.blocks[-1].loss_end == pytest.approx(float(errors.mean()), rel=1e-3)
 
 
 def test_the_whole_model_comes_nearer_to_the_original(loud: Path, finished: tuple[Path, Path, RunReport]) -> None:

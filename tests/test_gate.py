@@ -76,7 +76,7 @@ def test_nothing_is_compared_without_text(tmp_path: Path) -> None:
 def test_a_model_that_shows_no_logits_is_written_all_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tiny_xlnet().save_pretrained(tmp_path / "model")
     tokens = torch.randint(3, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(1))
-    tuner = AutoRound(tmp_path / "model", scheme="W4A16G32", dataset=tokens, iters=1, nsamples=4, seqlen=16)
+    tuner = AutoRound(tmp_path / "model", scheme="W2A16G32", dataset=tokens, iters=1, nsamples=4, seqlen=16)
     with caplog.at_level("INFO"):
         report = tuner.quantize_and_save(tmp_path / "out")
     assert report.check is None

@@ -76,7 +76,7 @@ def _judging(prepared: Prepared, rates: Rates, samples: int, seqlen: int) -> flo
     tokens in steps and for all of those held out."""
     recipe = prepared.job.recipe
     head: int = prepared.skeleton.model.get_input_embeddings().weight.numel()
-    if not recipe.iters:
+    if not prepared.last_by_tokens:
         return 0.0
     per_step, held = recipe.per_step(samples), _held(recipe, samples)
     return head * seqlen * rates.forward * (3 * SHARE * recipe.iters * per_step + 2 * LOSSES * held)

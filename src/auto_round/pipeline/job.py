@@ -86,6 +86,12 @@ class Prepared:
         prefixes = tuple(f"{block}." for block in self.blocks)
         return [name for name in self.plan.quantised if not name.startswith(prefixes)]
 
+    @property
+    def last_by_tokens(self) -> bool:
+        """True when the last block is to be tuned by the tokens that come of it, see `Recipe.by_tokens`."""
+        layers = [layer for name, layer in self.plan.quantised.items() if name.startswith(f"{self.blocks[-1]}.")]
+        return any(layer.scheme is not None and self.job.recipe.by_tokens(layer.scheme.bits) for layer in layers)
+
 
 @dataclass(frozen=True)
 class Ready:

@@ -177,7 +177,7 @@ def _needs(prepared: Prepared, samples: int, seqlen: int, micro: int, *, on_disk
     memory, there = {"saving": base + copied + 4 * largest}, job.device.type != "cpu"
     if samples:
         tuning = max(_tuning(sizes, job, micro * seqlen, hidden) for sizes in blocks)
-        if job.recipe.iters:  # the last block is judged by the tokens that come of it
+        if prepared.last_by_tokens:
             tuning = max(tuning, _tuning(blocks[-1], job, micro * seqlen, hidden) + _judging(prepared, micro * seqlen))
         stored = max(sizes.stored_bytes for sizes in blocks)
         kept_here = activations if not on_disk and (job.recipe.low_gpu_mem_usage or not there) else 0

@@ -163,7 +163,8 @@ class Runner:
             schemes={name: scheme for name in planned if (scheme := self._plan.quantised[name].scheme) is not None},
         )
         last = loaded.index == len(self._prepared.blocks) - 1
-        tuned = self._tuned_by_tokens(loaded, task, calibration, mask) if last and self._job.recipe.iters else None
+        by_tokens = last and self._prepared.last_by_tokens
+        tuned = self._tuned_by_tokens(loaded, task, calibration, mask) if by_tokens else None
         if tuned is None:
             tuned = self._tuned(loaded, task, Activations.of(loaded.inputs, loaded.targets, mask))
         return self._finish(tuned.tensors, self._stats(loaded.index, loaded.name, len(planned), begin, tuned))

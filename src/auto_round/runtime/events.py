@@ -13,8 +13,8 @@ class BlockStats:
 
     loss_start, loss_end: mean squared error of the block's output, the largest tokens counting less, on the held-out
     samples (on all of the samples when none are held out), with the starting codes and with those kept; loss_plain: the
-    same with plain rounding. Of the last block the KL divergence of the model's tokens, in nats, where it can be had.
-    None where nothing was measured (round-to-nearest without calibration).
+    same with plain rounding. Of a last block of 2 bits the KL divergence of the model's tokens, in nats, where it can
+    be had. None where nothing was measured (round-to-nearest without calibration).
     kept_iteration: the step whose codes were kept, 0 being the start.
     unreached: layers that no calibration token came to (experts), quantised from their weights alone.
     seconds: wall time. peak_bytes: peak memory of the process so far (resident; the device's own on an accelerator).

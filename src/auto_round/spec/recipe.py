@@ -93,6 +93,13 @@ class Recipe:
             return 0.0
         return self.minmax_lr if self.minmax_lr is not None else self.v_lr(bits) / (2 if bits == 2 else 5)
 
+    def by_tokens(self, bits: int) -> bool:
+        """True when a last block with layers of so few bits is tuned by the KL divergence of the model's tokens.
+
+        With more bits it wins little, and a head can cost more than all steps of its block (docs/ablations.md).
+        """
+        return self.iters > 0 and bits == 2
+
     def scale_lr(self, bits: int) -> float:
         """Size of the first finishing step in layers of so many bits, a share of each scale."""
         return self.finish_lr if self.finish_lr is not None else 2.0 ** -(6 + bits)
