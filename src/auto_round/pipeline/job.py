@@ -86,11 +86,15 @@ class Prepared:
         prefixes = tuple(f"{block}." for block in self.blocks)
         return [name for name in self.plan.quantised if not name.startswith(prefixes)]
 
+    def inside(self, block: str) -> list[str]:
+        """Quantised layers of one block."""
+        return [name for name in self.plan.quantised if name.startswith(f"{block}.")]
+
     @property
     def last_by_tokens(self) -> bool:
         """True when the last block is to be tuned by the tokens that come of it, see `Recipe.by_tokens`."""
-        layers = [layer for name, layer in self.plan.quantised.items() if name.startswith(f"{self.blocks[-1]}.")]
-        return any(layer.scheme is not None and self.job.recipe.by_tokens(layer.scheme.bits) for layer in layers)
+        schemes = (self.plan.quantised[name].scheme for name in self.inside(self.blocks[-1]))
+        return any(scheme is not None and self.job.recipe.by_tokens(scheme.bits) for scheme in schemes)
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ class Runner:
     def _round_one(self, index: int, block: str) -> BlockStats:
         begin = time.perf_counter()
         self._listener.block_started(index, block)
-        mine = [name for name in self._plan.quantised if name.startswith(block + ".")]
+        mine = self._prepared.inside(block)
         tensors = {name: self._alone(name, None) for name in mine}
         return self._finish(tensors, self._stats(index, block, len(mine), begin, None))
 

@@ -94,9 +94,9 @@ class Recipe:
         return self.minmax_lr if self.minmax_lr is not None else self.v_lr(bits) / (2 if bits == 2 else 5)
 
     def by_tokens(self, bits: int) -> bool:
-        """True when a last block with layers of so few bits is tuned by the KL divergence of the model's tokens.
+        """True when a last block with layers of so many bits is tuned by the KL divergence of the model's tokens.
 
-        With more bits it wins little, and a head can cost more than all steps of its block (docs/ablations.md).
+        Beyond 2 bits it wins nothing, and a head can cost more than all steps of its block (docs/ablations.md).
         """
         return self.iters > 0 and bits == 2
 
