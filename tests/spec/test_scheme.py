@@ -87,8 +87,8 @@ def test_ranges_move_in_smaller_steps_than_v_and_in_larger_ones_at_two_bits() ->
 
 
 def test_lr_follows_from_iters_and_bits_but_for_few_steps() -> None:
-    assert [Recipe(iters=100).v_lr(bits) for bits in (2, 3, 4, 8)] == pytest.approx([1e-2, 5e-3, 5e-3, 5e-3])
-    assert Recipe(iters=4).v_lr(4) == Recipe(iters=16).v_lr(4) == pytest.approx(0.5 / 16)
-    assert Recipe(iters=4).v_lr(2) == Recipe(iters=32).v_lr(2) == pytest.approx(1 / 32)
+    assert [Recipe(iters=100).v_lr(bits) for bits in (2, 3, 4, 8)] == pytest.approx([2e-2, 1e-2, 1e-2, 1e-2])
+    assert Recipe(iters=4).v_lr(4) == Recipe(iters=25).v_lr(4) == pytest.approx(1 / 25)
+    assert Recipe(iters=4).v_lr(2) == Recipe(iters=50).v_lr(2) == pytest.approx(1 / 25)
     assert Recipe(lr=0.1, iters=4).v_lr(2) == 0.1
     assert Recipe(lr=0.1).updated(lr=None, iters=7).lr == 0.1

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from auto_round.numerics.groups import from_groups, to_groups
 from auto_round.numerics.integer import fake_quantise, gradients, storable
-from auto_round.tune.passes import PATHS, Grids, build_weight, compiled_passes, step_offsets
+from auto_round.tune.passes import BETAS, PATHS, Grids, Motion, build_weight, compiled_passes, step_offsets
 
 SHAPES = [(3, 64, 16), (5, 100, 32), (2, 4096, 4096), (130, 576, 128), (1, 7, 8), (4, 90, 20)]
 found = compiled_passes()
@@ -48,27 +48,65 @@ def test_built_weight_is_that_of_torch(path: int, dtype: torch.dtype, rows: int,
     assert torch.equal(wide[:, inputs:], torch.full((rows, 3), 5.0, dtype=dtype))  # nothing beyond a row is touched
 
 
+def moved(offset: Tensor) -> Motion:
+    """The motion of an offset that has been moved before."""
+    draw = torch.Generator().manual_seed(5)
+    motion = Motion.of(offset)
+    motion.first.copy_(torch.randn(offset.shape, generator=draw) * 0.3)
+    motion.second.copy_(torch.rand(offset.shape, generator=draw))
+    motion.steps = 3
+    return motion
+
+
 @each_problem
 def test_step_is_that_of_torch(path: int, dtype: torch.dtype, rows: int, inputs: int, width: int) -> None:
     weight, offset, grids, grad = problem(rows, inputs, width, dtype)
     assert grids.low is not None
     met = weight + grids.low
     slope, scale_grad, zero_grad = gradients(met, offset, grids.scale, grids.zero, 7, to_groups(grad.float(), width))
-    wanted = from_groups(offset - 0.01 * slope.sign(), inputs)
-    found_scale, found_zero = step_offsets(weight, offset, grids, grad, 0.01, path)
-    assert torch.equal(from_groups(offset, inputs), wanted)
+    motion = moved(offset)
+    first = motion.first.float() * BETAS[0] + slope * (1 - BETAS[0])
+    second = motion.second.float() * BETAS[1] + slope.square() * (1 - BETAS[1])
+    correction = (1 - BETAS[1] ** 4) ** 0.5 / (1 - BETAS[0] ** 4)
+    wanted = offset - 0.01 * (first / (second.double().sqrt().float() + 1e-30) * correction).clamp(-1, 1)
+    found_scale, found_zero = step_offsets(weight, offset, motion, grids, grad, 0.01, path)
+    assert torch.equal(from_groups(offset, inputs), from_groups(wanted, inputs))
+    assert torch.equal(from_groups(motion.first, inputs), from_groups(first.bfloat16(), inputs))
+    assert torch.equal(from_groups(motion.second, inputs), from_groups(second.bfloat16(), inputs))
     torch.testing.assert_close(found_scale, scale_grad, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(found_zero, zero_grad, rtol=1e-4, atol=1e-3)
+
+
+def test_first_step_is_by_the_sign() -> None:
+    weight, offset, grids, grad = problem(130, 576, 128, torch.float32)
+    assert grids.low is not None
+    slope, *_ = gradients(weight + grids.low, offset, grids.scale, grids.zero, 7, to_groups(grad, 128))
+    before = offset.clone()
+    step_offsets(weight, offset, Motion.of(offset), grids, grad, 0.01)
+    torch.testing.assert_close(from_groups(before - offset, 576), from_groups(0.01 * slope.sign(), 576))
+
+
+def test_gradients_that_take_turns_move_less_than_those_that_agree() -> None:
+    weight, offset, grids, grad = problem(8, 64, 32, torch.float32)
+    travelled = []
+    for turns in (1, -1):
+        place, motion = offset.clone(), Motion.of(offset)
+        for k in range(4):
+            before = place.clone()
+            step_offsets(weight, place, motion, grids, grad * turns**k, 1e-4)
+            assert float((place - before).abs().max()) <= 1.01e-4  # never by more than lr
+        travelled.append(float((place - before).abs().sum()))
+    assert travelled[1] < 0.7 * travelled[0]
 
 
 @path_of_this_cpu
 def test_sums_depend_on_neither_path_nor_threads(path: int) -> None:
     weight, offset, grids, grad = problem(130, 576, 128, torch.float32)
     threads = torch.get_num_threads()
-    expected = step_offsets(weight, offset.clone(), grids, grad, 0.01, 0)
+    expected = step_offsets(weight, offset.clone(), Motion.of(offset), grids, grad, 0.01, 0)
     torch.set_num_threads(1)
     try:
-        got = step_offsets(weight, offset.clone(), grids, grad, 0.01, path)
+        got = step_offsets(weight, offset.clone(), Motion.of(offset), grids, grad, 0.01, path)
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(expected[0], got[0])
@@ -79,16 +117,18 @@ def test_where_nothing_was_compiled_torch_does_the_same(monkeypatch: pytest.Monk
     weight, offset, grids, grad = problem(130, 576, 128, torch.bfloat16)
     results = []
     for _ in range(2):
-        moved, built = offset.clone(), torch.empty(130, 576)
-        slopes = step_offsets(weight, moved, grids, grad, 0.01)
-        build_weight(weight, moved, grids, built)
-        results.append((moved, built, *slopes))
+        place, built = offset.clone(), torch.empty(130, 576)
+        motion = Motion.of(offset)
+        for turn in (1, -0.5):
+            slopes = step_offsets(weight, place, motion, grids, turn * grad, 0.01)
+        build_weight(weight, place, grids, built)
+        results.append((place, built, motion.first, motion.second, *slopes))
         monkeypatch.setattr("auto_round.tune.passes.compiled_passes", lambda: None)
         monkeypatch.setattr("auto_round.tune.passes.ROW_CHUNK", 10_000)
     for compiled, plain in zip(*results, strict=True):
         torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-3)
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
+    for part in range(4):
+        assert torch.equal(results[0][part], results[1][part])
 
 
 def test_they_are_built_where_there_is_a_compiler() -> None:

@@ -128,7 +128,7 @@ Iters = Annotated[
 ]
 Lr = Annotated[
     float | None,
-    _flag("Tuning", "--lr", "Size of the first step, in codes (default {lr}, at most 1/32).", "X"),
+    _flag("Tuning", "--lr", "Size of the first step, in codes (default {lr}, at most 1/25).", "X"),
 ]
 MinmaxLr = Annotated[
     float | None,

@@ -43,8 +43,8 @@ class Invocation:
 def in_words(recipe: Recipe) -> dict[str, str]:
     """The fields of a recipe as a reader would say them."""
     stand_ins = {
-        "lr": "0.5 / iters, 1 / iters at 2 bits",
-        "minmax_lr": "a fifth of --lr, half of --lr at 2 bits",
+        "lr": "1 / iters, 2 / iters at 2 bits",
+        "minmax_lr": "a tenth of --lr, a quarter of --lr at 2 bits",
         "finish_lr": "0.0039 at 2 bits, half of it for each bit more",
         "finish_nsamples": "as --nsamples",
     }

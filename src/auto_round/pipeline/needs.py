@@ -14,7 +14,7 @@ from auto_round.pipeline.job import Job, Prepared
 from auto_round.runtime.memory import available_bytes, resident_bytes
 from auto_round.source.checkpoint import DTYPES
 from auto_round.tune.alone import ELEMENTS
-from auto_round.tune.block import STATE_BYTES
+from auto_round.tune.block import MOTION_BYTES, STATE_BYTES
 from auto_round.tune.scales import learned_count
 
 # The three below fit what was measured on SmolLM2-135M and an 8B Llama (docs/safety.md has the figures).
@@ -204,7 +204,8 @@ def _tuning(sizes: Sizes, job: Job, tokens: int, hidden: int) -> int:
     """
     width = job.dtype.itemsize
     block = sizes.parameters * width
-    state, codes = STATE_BYTES * sizes.weights, sizes.weights  # the best codes so far, a byte each
+    moving = MOTION_BYTES if job.recipe.iters else 0
+    state, codes = (STATE_BYTES + moving) * sizes.weights, sizes.weights  # the best codes so far, a byte each
     steps = state + codes + max(sizes.weights * width + tokens * _per_token(sizes, width, hidden), codes)
     return block + max(steps, _starting(sizes) if job.recipe.start == "compensated" else 0)
 

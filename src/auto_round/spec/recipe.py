@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from auto_round.errors import SpecError
 
 STARTS = ("plain", "search", "compensated")
-LONGEST = 1 / 32  # a first step of V beyond it moves too many codes for nothing, however few steps there are
+LONGEST = 1 / 25  # a first step of V beyond it moves too many codes for nothing, however few steps there are
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Tuning settings.
 
-    iters: sign-SGD steps per block; 0 is round-to-nearest from `start`, without steps.
-    lr: step size of the rounding offset V in code units; falls linearly to 0. None is 0.5 / iters, and 1 / iters in
-        layers of 2 bits, where rounding has more to gain; never above 1 / 32, beyond which steps go too far
-        (docs/ablations.md).
-    minmax_lr: step size of the range multipliers alpha and beta; None is a fifth of lr, since a searched range is
-        near its best already; half of lr in layers of 2 bits.
+    iters: steps per block; 0 is round-to-nearest from `start`, without steps.
+    lr: how far the rounding offset V goes in a step at most, in code units; falls linearly to 0. None is 1 / iters, and
+        2 / iters in layers of 2 bits, where rounding has more to gain; never above 1 / 25, beyond which steps go too
+        far (docs/ablations.md).
+    minmax_lr: step size of the range multipliers alpha and beta; None is a tenth of lr, since a searched range is
+        near its best already; a quarter of lr in layers of 2 bits.
     nsamples, seqlen: calibration samples and tokens in each.
     batch_size: samples per forward; times gradient_accumulate_steps = samples per step.
     seed: draws the calibration samples and, with the block's index, each block's batches.
@@ -85,13 +85,13 @@ class Recipe:
 
     def v_lr(self, bits: int) -> float:
         """Step size of V at the first step, in layers of so many bits."""
-        return self.lr if self.lr is not None else min((1.0 if bits == 2 else 0.5) / max(self.iters, 1), LONGEST)
+        return self.lr if self.lr is not None else min((2.0 if bits == 2 else 1.0) / max(self.iters, 1), LONGEST)
 
     def range_lr(self, bits: int) -> float:
         """Step size of alpha and beta at the first step, in layers of so many bits; 0 where ranges stay."""
         if not self.enable_minmax_tuning:
             return 0.0
-        return self.minmax_lr if self.minmax_lr is not None else self.v_lr(bits) / (2 if bits == 2 else 5)
+        return self.minmax_lr if self.minmax_lr is not None else self.v_lr(bits) / (4 if bits == 2 else 10)
 
     def by_tokens(self, bits: int) -> bool:
         """True when a last block with layers of so many bits is tuned by the KL divergence of the model's tokens.

@@ -1,4 +1,4 @@
-"""Tuning one block: a start for every Linear in it, then sign-SGD on the loss of the block's output."""
+"""Tuning one block: a start for every Linear in it, then gradient steps on the loss of the block's output."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from auto_round.tune.starting import Layer, start_layer
 CHECKPOINTS = (0.5, 0.75, 1.0)
 LARGEST = 4.0  # a token's size in the loss, in medians of all tokens' sizes
 STATE_BYTES = 8  # of each weight while it is tuned: W and V in float32
+MOTION_BYTES = 4  # of each weight from the first step on, see `passes.Motion`
 
 # (output, targets, weights, samples, step or None) -> sum over tokens of their weight times what each loses; see
 # `square_error`. Where no step is given the block is judged, and nothing is to be drawn.

@@ -20,7 +20,7 @@ from auto_round.qtensor import BlockTensor
 from auto_round.spec.blocks import BlockScheme
 from auto_round.tune.columns import rounded_codes
 from auto_round.tune.layer import SEARCHED_BOUNDS, require_finite
-from auto_round.tune.passes import Grids, build_weight, row_chunks, step_offsets
+from auto_round.tune.passes import Grids, Motion, build_weight, row_chunks, step_offsets
 from auto_round.tune.start import Inputs
 
 
@@ -42,6 +42,7 @@ class BlockLayer:
         self.multipliers = torch.ones_like(torch.stack([self._start.d, self._start.d]))
         self._zero = self.weight.new_full((1, 1, 1, 1), float(scheme.zero))
         self.offset = torch.zeros_like(self.weight)
+        self._motion: Motion | None = None  # there from the first step on
         if inputs is not None and inputs.compensation is not None:
             self._compensate(inputs.compensation)
 
@@ -56,13 +57,16 @@ class BlockLayer:
         build_weight(self._grouped(self.weight), self._grouped(self.offset), self._grids(self.grid()), out)
 
     def step(self, grad: Tensor, v_lr: float, range_lr: float) -> None:
-        """Move V by v_lr and, unless it is 0, alpha and beta by range_lr, against the sign of their gradients.
+        """Move V by at most v_lr (see `step_offsets`) and, unless it is 0, alpha and beta by range_lr against the sign
+        of their gradients.
 
         grad: dL/dW' (out, in) in any float dtype.
         """
         grid = self.grid()
         grids = self._grids(grid)
-        found = step_offsets(self._grouped(self.weight), self._grouped(self.offset), grids, grad, v_lr)
+        weight, offset = self._grouped(self.weight), self._grouped(self.offset)
+        self._motion = self._motion or Motion.of(offset)
+        found = step_offsets(weight, offset, self._motion, grids, grad, v_lr)
         # W' = S * (q - zero) - M passes dM where it clamps only, which is the zero point's derivative over S.
         step_grad, low_grad = (g.view(*self.weight.shape[:-1], 1) for g in (found[0], found[1] / grids.scale))
         if range_lr:

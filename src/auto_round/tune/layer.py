@@ -1,4 +1,4 @@
-"""The tuning state of one Linear: rounding offsets V and range multipliers alpha, beta, moved by signed gradients."""
+"""The tuning state of one Linear: rounding offsets V and range multipliers alpha, beta, moved by gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from auto_round.numerics.groups import from_groups, to_groups
 from auto_round.numerics.integer import asym_grid, asym_range, quantise, storable, sym_anchor
 from auto_round.qtensor import QTensor
 from auto_round.spec.scheme import Scheme
-from auto_round.tune.passes import Grids, build_weight, row_chunks, step_offsets
+from auto_round.tune.passes import Grids, Motion, build_weight, row_chunks, step_offsets
 from auto_round.tune.start import Start
 
 # Bounds of alpha and beta. Around the full range they may only shrink it; around a searched range they are free.
@@ -40,6 +40,7 @@ class TunedLayer:
         self.in_features = weight.shape[1]
         self.weight = to_groups(weight.float(), scheme.group_width(self.in_features))
         self.offset = torch.zeros_like(self.weight) if start.offset is None else start.offset
+        self._motion: Motion | None = None  # there from the first step on
         self._bounds = SEARCHED_BOUNDS if searched else PLAIN_BOUNDS
         self.multipliers = torch.ones_like(torch.stack([start.scale, start.scale]))
         if scheme.sym:
@@ -63,13 +64,15 @@ class TunedLayer:
         build_weight(self.weight, self.offset, Grids(*self.grid(), self.scheme.max_code), out)
 
     def step(self, grad: Tensor, v_lr: float, range_lr: float) -> None:
-        """Move V by v_lr and, unless it is 0, alpha and beta by range_lr, against the sign of their gradients.
+        """Move V by at most v_lr (see `step_offsets`) and, unless it is 0, alpha and beta by range_lr against the sign
+        of their gradients.
 
         grad: dL/dW' (out, in) in any float dtype.
         """
         scale, zero = self.grid()
         grids = Grids(scale, zero, self.scheme.max_code)
-        scale_grad, zero_grad = step_offsets(self.weight, self.offset, grids, grad, v_lr)
+        self._motion = self._motion or Motion.of(self.offset)
+        scale_grad, zero_grad = step_offsets(self.weight, self.offset, self._motion, grids, grad, v_lr)
         if range_lr:
             alpha_grad, beta_grad = self._range_gradients(scale_grad, zero_grad, scale)
             self.multipliers.sub_(torch.stack([alpha_grad, beta_grad]).sign_(), alpha=range_lr).clamp_(*self._bounds)

@@ -4,7 +4,7 @@
    Weights and offsets are float32 [row][group][width], a row's last group padded where `inputs` is no multiple of width;
    scales, zero points, their gradients and what is added to a group's weights before, and taken away behind (`low`, or
    NULL), float32 [row][group]; gradients of W' and W' itself [row][inputs], the first of
-   them `stride` values apart, float32 or bfloat16.
+   them `stride` values apart, float32 or bfloat16; running means bfloat16, as offsets lie.
 
    Every value is rounded as torch rounds it, so codes and offsets are the twin's to the bit; only the sums over a group
    are taken in another order, which depends on neither threads nor instruction set.                                    */
@@ -13,7 +13,8 @@
 
 #include <math.h>
 
-#define ABI 1
+#define ABI 2
+#define TINY 1e-30f /* keeps 0 / 0 away */
 #define LANES 16
 #define CHUNK 1024      /* values converted at once, a multiple of LANES */
 #define CLAIM (1 << 14) /* weights that a thread claims at once */
@@ -21,10 +22,13 @@
 typedef struct {
     const float *weight, *scale, *zero, *low;
     float *offset, *scale_grad, *zero_grad;
+    uint16_t *first, *second; /* running means of the slope and of its square, bfloat16, laid out as offsets are */
     const void *grad;
     void *out;
     int64_t rows, inputs, width, stride;
     float most, lr; /* largest code; step size of the offsets */
+    const float *kept, *taken; /* of each running mean in a step, and of what is new: two numbers each */
+    float correction;          /* what both begin at 0 for is made up by */
     int dtype;
     int64_t groups, claim, next;
 } Job;
@@ -53,19 +57,23 @@ INLINE void build_row(const Job *job, int64_t row) {
 #define STEP_ONE(i, lane)                                                                                   \
     {                                                                                                       \
         const float g = grad[i], level = level_of((weight[i] + low) / scale, offset[i], zero);              \
-        const float code = clamped(level, most), inside = level == code ? g : 0;                            \
+        const float code = clamped(level, most), inside = level == code ? g : 0, slope = inside * sign;     \
         for_scale[lane] += g * (code - zero);                                                               \
         for_zero[lane] += inside - g;                                                                       \
-        offset[i] -= inside > 0 ? lr : inside < 0 ? -lr : 0;                                                \
+        first_mean[i] = first_mean[i] * kept[0] + slope * taken[0];                                         \
+        second_mean[i] = second_mean[i] * kept[1] + slope * slope * taken[1];                               \
+        const float share = first_mean[i] / (sqrtf(second_mean[i]) + TINY) * correction;                    \
+        offset[i] -= (share < -1 ? -1 : share > 1 ? 1 : share) * lr;                                        \
     }
 
-/* dL/ds and dL/dz of each group, and V against the sign of dL/dV. */
+/* dL/ds and dL/dz of each group, and V against dL/dV over its size. */
 INLINE void step_row(const Job *job, int64_t row) {
-    float grad[CHUNK];
+    float grad[CHUNK], first_mean[CHUNK], second_mean[CHUNK];
+    const float kept[] = {job->kept[0], job->kept[1]}, taken[] = {job->taken[0], job->taken[1]}, correction = job->correction;
     for (int64_t group = 0; group < job->groups; group++) {
         const int64_t first = row * job->groups + group, begin = group * job->width;
         const float scale = job->scale[first], zero = job->zero[first], low = job->low ? job->low[first] : 0;
-        const float most = job->most, lr = scale < 0 ? -job->lr : job->lr;
+        const float most = job->most, lr = job->lr, sign = scale < 0 ? -1 : 1;
         const int64_t end = MIN(begin + job->width, job->inputs);
         float for_scale[LANES] = {0}, for_zero[LANES] = {0};
         for (int64_t at = begin; at < end; at += CHUNK) {
@@ -73,10 +81,14 @@ INLINE void step_row(const Job *job, int64_t row) {
             const float *restrict weight = job->weight + place;
             float *restrict offset = job->offset + place;
             load_floats(grad, job->grad, row * job->stride + at, count, job->dtype);
+            load_floats(first_mean, job->first, place, count, BFLOAT16);
+            load_floats(second_mean, job->second, place, count, BFLOAT16);
             const int64_t whole = count / LANES * LANES;
             for (int64_t i = 0; i < whole; i += LANES)
                 for (int l = 0; l < LANES; l++) STEP_ONE(i + l, l)
             for (int64_t i = whole; i < count; i++) STEP_ONE(i, i - whole)
+            store_floats(job->first, place, first_mean, count, BFLOAT16);
+            store_floats(job->second, place, second_mean, count, BFLOAT16);
         }
         for (int half = LANES / 2; half; half /= 2)
             for (int l = 0; l < half; l++) {
@@ -125,11 +137,12 @@ void auto_round_build(const float *weight, const float *offset, const float *sca
     over_rows(BUILD[path], &job, threads);
 }
 
-void auto_round_step(const float *weight, float *offset, const float *scale, const float *zero, const float *low, const void *grad, float *scale_grad,
-                     float *zero_grad, int64_t rows, int64_t inputs, int64_t width, int64_t stride, float most, float lr, int dtype,
-                     int path, int threads) {
-    Job job = {.weight = weight, .offset = offset, .scale = scale, .zero = zero, .low = low, .grad = grad, .scale_grad = scale_grad,
-               .zero_grad = zero_grad, .rows = rows, .inputs = inputs, .width = width, .stride = stride, .most = most, .lr = lr,
-               .dtype = dtype};
+/* kept, taken: two floats each, for `first` and `second`. */
+void auto_round_step(const float *weight, float *offset, const float *scale, const float *zero, const float *low, uint16_t *first, uint16_t *second,
+                     const float *kept, const float *taken, const void *grad, float *scale_grad, float *zero_grad, int64_t rows,
+                     int64_t inputs, int64_t width, int64_t stride, float most, float lr, float correction, int dtype, int path, int threads) {
+    Job job = {.weight = weight, .offset = offset, .scale = scale, .zero = zero, .low = low, .first = first, .second = second,
+               .kept = kept, .taken = taken, .grad = grad, .scale_grad = scale_grad, .zero_grad = zero_grad, .rows = rows,
+               .inputs = inputs, .width = width, .stride = stride, .most = most, .lr = lr, .correction = correction, .dtype = dtype};
     over_rows(STEP[path], &job, threads);
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from auto_round.numerics.groups import from_groups, to_groups
 from auto_round.numerics.integer import fake_quantise, gradients
 from auto_round.runtime.compiled import NotCompiledError, load_library
 
-ABI = 1
+ABI = 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # of W' and its gradient
 PATHS = ("plain C", "AVX2", "AVX-512")
 ROW_CHUNK = 1 << 17  # weights in one pass of torch: what a core's cache holds of all its operands
+BETAS = (0.3, 0.95)  # of the running means of V's gradient and of its square
+TINY = 1e-30
 WEIGHTS_PER_THREAD = 1 << 14  # below this a second thread costs more than it saves
 
 
@@ -44,7 +47,7 @@ def compiled_passes() -> Passes | None:
     pointers, numbers, floats = [ctypes.c_void_p], [ctypes.c_int64], [ctypes.c_float]
     build, step = library.auto_round_build, library.auto_round_step
     build.argtypes = [*pointers * 6, *numbers * 4, *floats, *[ctypes.c_int] * 3]
-    step.argtypes = [*pointers * 8, *numbers * 4, *floats * 2, *[ctypes.c_int] * 3]
+    step.argtypes = [*pointers * 12, *numbers * 4, *floats * 3, *[ctypes.c_int] * 3]
     build.restype = step.restype = None
     return Passes(build, step, int(library.auto_round_passes_paths()))
 
@@ -68,6 +71,25 @@ class Grids:
     def met(self, weight: Tensor, rows: slice) -> Tensor:
         """These rows of a weight (out, groups, width), with `low` added."""
         return weight[rows] if self.low is None else weight[rows] + self.low[rows]
+
+
+@dataclass
+class Motion:
+    """Running means of V's gradient and of its square, (out, groups, width) bfloat16, and how many steps so far."""
+
+    first: Tensor
+    second: Tensor
+    steps: int = 0
+
+    @classmethod
+    def of(cls, offset: Tensor) -> Motion:
+        """Before the first step of `offset`."""
+        zeros = torch.zeros(2, *offset.shape, dtype=torch.bfloat16, device=offset.device)
+        return cls(zeros[0], zeros[1])
+
+    def correction(self) -> float:
+        """What the ratio first / sqrt(second) is multiplied by, since both began at 0."""
+        return math.sqrt(1 - BETAS[1] ** self.steps) / (1 - BETAS[0] ** self.steps)
 
 
 def build_weight(weight: Tensor, offset: Tensor, grids: Grids, out: Tensor, path: int | None = None) -> None:
@@ -96,23 +118,32 @@ def build_weight(weight: Tensor, offset: Tensor, grids: Grids, out: Tensor, path
 
 
 def step_offsets(
-    weight: Tensor, offset: Tensor, grids: Grids, grad: Tensor, lr: float, path: int | None = None
+    weight: Tensor, offset: Tensor, motion: Motion, grids: Grids, grad: Tensor, lr: float, path: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Move V by `lr` against the sign of its gradient; return dL/ds and dL/dz, (out, groups, 1) float32.
+    """Move V by at most `lr` against its gradient; return dL/ds and dL/dz, (out, groups, 1) float32.
 
-    As `build_weight`; `offset` is contiguous and changed in place, grad = dL/dW' is (out, in) in any float dtype.
+    How far is told as in Adam (arXiv 1412.6980): the running mean of the gradient over the root of that of its square,
+    both corrected for their beginning. It is 1 where gradients agree, and that is the most; where they take turns it is
+    less. As `build_weight`; `offset` and what `motion` holds are contiguous and changed in place, grad = dL/dW' is
+    (out, in) in any float dtype.
     """
     found = compiled_passes()
+    motion.steps += 1
+    kept, taken = torch.tensor([BETAS, [1 - beta for beta in BETAS]], dtype=torch.float32)
     if found is None or not _fits(weight, grad):
         parts = []
         for rows in row_chunks(weight):
             grouped = to_groups(grad[rows].float(), weight.shape[-1])
-            offset_grad, *others = gradients(grids.met(weight, rows), offset[rows], *grids.fields(rows), grouped)
-            offset[rows].sub_(offset_grad.sign_(), alpha=lr)
+            slope, *others = gradients(grids.met(weight, rows), offset[rows], *grids.fields(rows), grouped)
+            second = motion.second[rows].float().mul_(BETAS[1]).add_(slope.square().mul_(1 - BETAS[1]))
+            first = motion.first[rows].float().mul_(BETAS[0]).add_(slope.mul_(1 - BETAS[0]))
+            motion.first[rows], motion.second[rows] = first, second
+            share = first.div_(_root(second).add_(TINY)).mul_(motion.correction()).clamp_(-1, 1)
+            offset[rows].sub_(share.mul_(lr))
             parts.append(others)
         scale_grad, zero_grad = (torch.cat(part) for part in zip(*parts, strict=True))
         return scale_grad, zero_grad
-    held = _held(weight, offset, grids)
+    held = [*_held(weight, offset, grids), motion.first, motion.second, kept, taken]
     scale_grad, zero_grad = torch.empty_like(grids.scale), torch.empty_like(grids.scale)
     found.step(
         *map(_pointer, held),
@@ -122,6 +153,7 @@ def step_offsets(
         *_shape(weight, grad),
         grids.max_code,
         lr,
+        motion.correction(),
         DTYPES[grad.dtype],
         found.paths - 1 if path is None else path,
         _threads(weight),
@@ -134,6 +166,11 @@ def row_chunks(weight: Tensor) -> list[slice]:
     rows, per_row = weight.shape[0], weight[0].numel()
     size = rows if weight.device.type != "cpu" else max(1, ROW_CHUNK // per_row)
     return [slice(begin, begin + size) for begin in range(0, rows, size)]
+
+
+def _root(values: Tensor) -> Tensor:
+    """Square root of float32, exact as in C: torch on a CPU does not, and not every device has float64."""
+    return values.double().sqrt_().float() if values.device.type == "cpu" else values.sqrt()
 
 
 def _fits(weight: Tensor, outer: Tensor) -> bool:
