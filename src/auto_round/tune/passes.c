@@ -1,5 +1,5 @@
 /* The two elementwise passes of a tuning step over one Linear, each one read of its operands. The formulas, their sources
-   and the plain twins are in numerics/integer.py. A plain C ABI; needs neither Python nor torch.
+   and the plain twins are in numerics/integer.py and passes.py. A plain C ABI; needs neither Python nor torch.
 
    Weights and offsets are float32 [row][group][width], a row's last group padded where `inputs` is no multiple of width;
    scales, zero points, their gradients and what is added to a group's weights before, and taken away behind (`low`, or

@@ -1,6 +1,6 @@
 """A tuning step's elementwise passes over one Linear, each in one read of its operands where ``passes.c`` was compiled.
 
-Elsewhere, on other devices and for other dtypes, the same comes from `numerics.integer`, a chunk of rows at a time.
+Elsewhere, on other devices and for other dtypes, the same comes from torch, a chunk of rows at a time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # of W' and its gradient
 PATHS = ("plain C", "AVX2", "AVX-512")
 ROW_CHUNK = 1 << 17  # weights in one pass of torch: what a core's cache holds of all its operands
 BETAS = (0.3, 0.95)  # of the running means of V's gradient and of its square
-TINY = 1e-30
+TINY = 1e-30  # keeps 0 / 0 away; as in passes.c
 WEIGHTS_PER_THREAD = 1 << 14  # below this a second thread costs more than it saves
 
 
@@ -129,7 +129,6 @@ def step_offsets(
     """
     found = compiled_passes()
     motion.steps += 1
-    kept, taken = torch.tensor([BETAS, [1 - beta for beta in BETAS]], dtype=torch.float32)
     if found is None or not _fits(weight, grad):
         parts = []
         for rows in row_chunks(weight):
@@ -143,6 +142,7 @@ def step_offsets(
             parts.append(others)
         scale_grad, zero_grad = (torch.cat(part) for part in zip(*parts, strict=True))
         return scale_grad, zero_grad
+    kept, taken = torch.tensor([BETAS, [1 - beta for beta in BETAS]], dtype=torch.float32)
     held = [*_held(weight, offset, grids), motion.first, motion.second, kept, taken]
     scale_grad, zero_grad = torch.empty_like(grids.scale), torch.empty_like(grids.scale)
     found.step(
@@ -169,7 +169,7 @@ def row_chunks(weight: Tensor) -> list[slice]:
 
 
 def _root(values: Tensor) -> Tensor:
-    """Square root of float32, exact as in C: torch on a CPU does not, and not every device has float64."""
+    """Square root of float32, exact as in C: torch's on a CPU is not, and not every device has float64."""
     return values.double().sqrt_().float() if values.device.type == "cpu" else values.sqrt()
 
 
