@@ -10,6 +10,7 @@ from auto_round.errors import AutoRoundError
 from auto_round.spec.blocks import BLOCK_SCHEMES, BlockScheme
 from auto_round.tune.alone import quantise_alone
 from auto_round.tune.blocklayer import BlockLayer
+from auto_round.tune.moments import Moment
 from auto_round.tune.start import inputs_from
 
 CPU = torch.device("cpu")
@@ -20,16 +21,16 @@ def weight(rows: int = 24, columns: int = 512) -> Tensor:
     return 0.05 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
 
 
-def moment(columns: int = 512) -> Tensor:
+def moment(columns: int = 512) -> Moment:
     """Inputs with a few strong directions and some noise, as those of language models have."""
     g = torch.Generator().manual_seed(1)
     inputs = torch.randn(900, 30, generator=g) @ torch.randn(30, columns, generator=g)
     inputs += 1.5 * torch.randn(900, columns, generator=g)
-    return inputs.t() @ inputs / 900
+    return Moment(inputs.t() @ inputs / 900, 900)
 
 
 def output_error(found: Tensor) -> float:
-    return float(((found - weight()) @ moment() * (found - weight())).sum())
+    return float(((found - weight()) @ moment().mean * (found - weight())).sum())
 
 
 @pytest.mark.parametrize("kind", ["plain", "search", "compensated"])
@@ -51,7 +52,7 @@ def test_steps_lower_the_error_they_are_given_the_gradient_of(name: str) -> None
     layer.write_weight(out)
     before = best = output_error(out)
     for i in range(60):
-        layer.step((out - weight()) @ moment(), 0.01 * (1 - i / 60), 0.001 * (1 - i / 60))
+        layer.step((out - weight()) @ moment().mean, 0.01 * (1 - i / 60), 0.001 * (1 - i / 60))
         layer.write_weight(out)
         best = min(best, output_error(out))
     assert best < 0.6 * before

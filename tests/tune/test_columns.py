@@ -67,7 +67,7 @@ def test_a_whole_layer_comes_as_near() -> None:
     draw = torch.Generator().manual_seed(0)
     inputs = torch.randn(2000, 300, generator=draw) @ torch.randn(300, 300, generator=draw)
     weight, moment = torch.randn(70, 300, generator=draw), inputs.T @ inputs
-    known = compensation(moment)
+    known = compensation(moment, 0.01)
     grid = (torch.full((70, 5), 0.3), torch.full((70, 5), 8.0), 64, 15, known)
     plain = descended(weight, compensated_codes(weight, *grid), *grid)
     compiled = descended(weight, compensated_codes(weight, *grid, round_run), *grid, descend_run)

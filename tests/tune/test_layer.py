@@ -8,6 +8,7 @@ from auto_round.errors import AutoRoundError
 from auto_round.spec.scheme import Scheme
 from auto_round.tune.alone import quantise_alone
 from auto_round.tune.layer import TunedLayer
+from auto_round.tune.moments import Moment
 from auto_round.tune.start import inputs_from, make_start
 
 CPU = torch.device("cpu")
@@ -18,12 +19,12 @@ def weight(rows: int = 64, columns: int = 96) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
 
 
-def moment(columns: int = 96) -> Tensor:
+def moment(columns: int = 96) -> Moment:
     """Inputs with a few strong directions and some noise, as those of language models have."""
     g = torch.Generator().manual_seed(1)
     strong = torch.randn(512, 6, generator=g) @ torch.randn(6, columns, generator=g)
     inputs = strong + 0.5 * torch.randn(512, columns, generator=g)
-    return inputs.t() @ inputs / 512
+    return Moment(inputs.t() @ inputs / 512, 512)
 
 
 def tuned(scheme: Scheme, kind: str) -> TunedLayer:
@@ -45,7 +46,7 @@ def test_the_weight_that_is_tuned_is_the_weight_that_is_stored(scheme: Scheme, k
 @pytest.mark.parametrize("kind", ["plain", "search"])
 @pytest.mark.parametrize("scheme", [Scheme(2, 32), Scheme(4, 40), Scheme(2, 32, sym=False)], ids=lambda s: s.name)
 def test_steps_lower_the_error_they_are_given_the_gradient_of(scheme: Scheme, kind: str) -> None:
-    layer, gram, out = tuned(scheme, kind), moment(), torch.empty(64, 96)
+    layer, gram, out = tuned(scheme, kind), moment().mean, torch.empty(64, 96)
 
     def error() -> float:
         layer.write_weight(out)
@@ -72,7 +73,7 @@ def test_better_starts_have_lower_output_error() -> None:
     gram, errors = moment(), []
     for kind in ("plain", "search", "compensated"):
         difference = quantise_alone(weight(), Scheme(3, 32), kind, inputs_from(gram, kind), CPU).dequantize() - weight()
-        errors.append(float((difference @ gram * difference).sum()))
+        errors.append(float((difference @ gram.mean * difference).sum()))
     assert errors[0] > 1.05 * errors[1]
     assert errors[1] > 1.3 * errors[2]
 

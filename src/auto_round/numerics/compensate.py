@@ -15,6 +15,7 @@ from torch import Tensor
 
 from auto_round.errors import AutoRoundError
 
+DAMPING = 1e-3  # GPTQ's is 0.01: where one input is massive, that is more than all the others have
 COLUMNS = 128  # columns between two updates of the rest of the matrix
 SWEEPS = 2  # of coordinate descent: a third still gains a percent of the error
 ROWS = 1024  # rows of a moment that are put in order at a time, so that the copy needs no third matrix
@@ -34,19 +35,22 @@ class Compensation:
     diagonal: Tensor
 
 
-def compensation(moment: Tensor, damping: float = 0.01) -> Compensation:
+def compensation(moment: Tensor, shrinkage: float) -> Compensation:
     """Prepare compensation from a second moment (in, in) float32, sum or mean of x x^T.
 
-    damping: share of the mean diagonal added to it. The factor is all the memory this takes. Raises AutoRoundError when
-    no damping up to the whole diagonal makes it positive definite (activations are not finite).
+    shrinkage: share of its own diagonal added to it, beside a thousandth of the mean one for silent inputs. The factor
+    is all the memory this takes. Raises AutoRoundError when no more of the mean, up to the whole, makes it positive
+    definite (activations are not finite).
     """
     order = torch.argsort(moment.diagonal(), descending=True, stable=True)
     factor = torch.empty_like(moment).mT  # columns contiguous, as LAPACK wants: every step below is then in place
+    damping = DAMPING
     while damping <= 1:
         for begin in range(0, len(order), ROWS):
             factor[begin : begin + ROWS] = moment[order[begin : begin + ROWS]][:, order]
         diagonal = factor.diagonal()
-        diagonal.add_(float(diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny) * damping))
+        mean = diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
+        diagonal.mul_(1 + shrinkage).add_(mean * damping)
         damped = diagonal.clone()
         if _inverse_factor(factor):
             for begin in range(0, len(order), ROWS):

@@ -29,7 +29,7 @@ from auto_round.runtime.rng import generator_for
 from auto_round.source.blocks import text_names
 from auto_round.tune.alone import quantise_alone
 from auto_round.tune.block import Activations, BlockTask, TunedBlock, tune_block
-from auto_round.tune.moments import Moments
+from auto_round.tune.moments import Moment, Moments
 from auto_round.tune.start import inputs_from
 
 OUTSIDE = "outside"  # the journal's title for layers in no block
@@ -241,7 +241,7 @@ class Runner:
             done[name] = self._alone(name, moments.take(name))
         self._journal.put(OUTSIDE, done)
 
-    def _alone(self, name: str, moment: Tensor | None) -> QuantTensor:
+    def _alone(self, name: str, moment: Moment | None) -> QuantTensor:
         scheme = self._plan.quantised[name].scheme
         assert scheme is not None
         weight = self._skeleton.weight(name + ".weight")

@@ -24,6 +24,7 @@ from auto_round.source.checkpoint import TensorEntry
 from auto_round.spec.scheme import Scheme
 from auto_round.tune.alone import quantise_alone
 from auto_round.tune.block import CHECKPOINTS, Activations, BlockTask, tune_block
+from auto_round.tune.moments import Moment
 from auto_round.tune.start import Inputs, inputs_from
 from auto_round.tune.starting import start_layer
 
@@ -188,14 +189,14 @@ def _start(job: Job, scheme: Scheme, forward: float) -> tuple[float, float, floa
         return 0.0, 0.0, 0.0
     weight, count = _weight(ROWS).to(job.device), ROWS * WIDTH
     moment = torch.eye(WIDTH, device=job.device)
-    known = inputs_from(moment, kind)
+    known = inputs_from(Moment(moment, WIDTH), kind)
     assert known is not None
     least = Inputs(known.importance, None)
     searched = _seconds(job, lambda: start_layer(weight, scheme, "search", least), 1) / count
     if known.compensation is None:
         return searched, 0.0, 0.0
     whole = _seconds(job, lambda: start_layer(weight, scheme, kind, known), 1) / count
-    factored = _seconds(job, lambda: compensation(moment)) / WIDTH**3
+    factored = _seconds(job, lambda: compensation(moment, 1.0)) / WIDTH**3
     return searched, max(whole - searched - forward * WIDTH / 2, 0.0), factored
 
 

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 
 SPAN = 256  # inputs whose products are taken at once
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Mean of x x^T, (in, in) float32, and over how many tokens."""
+
+    mean: Tensor
+    tokens: int
 
 
 class Moments:
@@ -71,15 +80,15 @@ class Moments:
             lists.setdefault(self.owner(name), []).append(name)
         return sorted(lists.values(), key=lambda names: -self._linears[names[0]].in_features)
 
-    def take(self, name: str) -> Tensor | None:
-        """Mean x x^T, (in, in) float32, or None when no token reached the layer. It is forgotten here."""
+    def take(self, name: str) -> Moment | None:
+        """The layer's moment, or None when no token reached it. It is forgotten here."""
         owner = self.owner(name)
         total = self._sums.pop(owner, None)
         if total is None or not self._tokens[owner]:
             return None
         for begin, end in _spans(len(total)):
             total[:begin, begin:end] = total[begin:end, :begin].t()
-        return total.div_(self._tokens[owner])
+        return Moment(total.div_(self._tokens[owner]), self._tokens[owner])
 
     def observe(self, name: str, inputs: Tensor) -> None:
         """Add what the Linear `name` is given: (batch, tokens, in), or (rows, in) where a model regroups tokens."""

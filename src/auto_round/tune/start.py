@@ -13,6 +13,7 @@ from auto_round.numerics.integer import asym_grid, asym_range, storable, sym_anc
 from auto_round.numerics.search import search_asym, search_sym
 from auto_round.spec.scheme import Scheme
 from auto_round.tune.columns import rounded_codes
+from auto_round.tune.moments import Moment
 
 ROW_CHUNK = 1 << 18  # weights searched at a time: the passes then stay in a core's cache
 
@@ -40,14 +41,22 @@ class Inputs:
     compensation: Compensation | None
 
 
-def inputs_from(moment: Tensor | None, kind: str) -> Inputs | None:
-    """What the start `kind` needs of a second moment (in, in) float32; None for None.
-
-    Raises AutoRoundError when it is not finite.
-    """
+def inputs_from(moment: Moment | None, kind: str) -> Inputs | None:
+    """What the start `kind` needs of the inputs' second moment; None for None. Raises AutoRoundError if not finite."""
     if moment is None:
         return None
-    return Inputs(importance_of(moment), compensation(moment) if kind == "compensated" else None)
+    compensated = kind == "compensated"
+    return Inputs(importance_of(moment.mean), compensation(moment.mean, shrinkage_of(moment)) if compensated else None)
+
+
+def shrinkage_of(moment: Moment) -> float:
+    """Share of its diagonal to be added to a moment: two inputs per token, at most 1.
+
+    A moment of few tokens has directions that look silent and are not; errors moved into them show on other text.
+    The fewer tokens there are for an input, the nearer to its diagonal the moment has to be (the idea is Ledoit and
+    Wolf's, doi 10.1016/S0047-259X(03)00096-4, the rule what was measured, docs/ablations.md).
+    """
+    return min(2 * len(moment.mean) / moment.tokens, 1.0)
 
 
 def importance_of(moment: Tensor) -> Tensor:

@@ -1,0 +1,39 @@
+"""The start knows how much text its moments are of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from auto_round.numerics.compensate import compensation
+from auto_round.spec.scheme import Scheme
+from auto_round.tune.alone import quantise_alone
+from auto_round.tune.moments import Moment
+from auto_round.tune.start import Inputs, importance_of, inputs_from, shrinkage_of
+
+WIDTH = 128
+
+
+def tokens(count: int, seed: int) -> Tensor:
+    """(count, WIDTH) whose second moment has eigenvalues that fall as 1 / k, as those of language models do."""
+    directions, _ = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)))
+    sizes = torch.arange(1, WIDTH + 1).float() ** -0.5
+    return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed)) * sizes @ directions.t()
+
+
+def test_shrinkage_is_two_inputs_per_token_and_at_most_one() -> None:
+    mean = torch.eye(64)
+    assert [shrinkage_of(Moment(mean, count)) for count in (1, 640, 12_800)] == [1.0, 0.2, 0.01]
+
+
+def test_a_moment_of_few_tokens_is_not_trusted_more_than_it_knows() -> None:
+    weight = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(2))
+    few = tokens(160, 3)
+    moment, other = Moment(few.t() @ few / len(few), len(few)), tokens(4000, 4)
+
+    def error_on_other_tokens(inputs: Inputs | None) -> float:
+        found = quantise_alone(weight, Scheme(2, 32), "compensated", inputs, torch.device("cpu")).dequantize()
+        return float((other @ (found - weight).t()).square().mean())
+
+    trusting = Inputs(importance_of(moment.mean), compensation(moment.mean, 0.0))
+    assert error_on_other_tokens(inputs_from(moment, "compensated")) < 0.75 * error_on_other_tokens(trusting)
