@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForC
 from auto_round import AutoRound
 from auto_round.errors import OutputError, SourceError, SpecError
 from auto_round.load import dequantized_state_dict, load_qtensors
+from auto_round.pipeline.runner import Runner
 from tests.conftest import VOCABULARY, tiny_llama, tiny_tokenizer
 
 TEXTS = ["the quick brown fox jumps over the lazy dog. " * 4, "pack my box with five dozen liquor jugs! " * 4] * 4
@@ -189,3 +190,32 @@ def test_a_pickled_checkpoint_is_refused_with_the_way_out(tmp_path: Path) -> Non
 def test_wrong_values_are_refused_before_anything_is_read(wrong: dict[str, Any]) -> None:
     with pytest.raises(SpecError, match=str(next(iter(wrong.values())))):
         AutoRound("/no/such/model", **wrong)
+
+
+@pytest.mark.parametrize("finishing", [{}, {"finish_iters": 2, "finish_nsamples": 10}])
+def test_samples_that_the_model_adds_are_behind_those_of_the_blocks(
+    llama_folder: Path, tmp_path: Path, finishing: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    tuned = Runner.tune
+    monkeypatch.setattr(Runner, "tune", lambda self, data: (seen.append(data.tokens), tuned(self, data))[1])
+    tokenizer = tiny_tokenizer()
+    rows = torch.randint(5, len(tokenizer), (10, 32), generator=torch.Generator().manual_seed(0))
+    settings = {"nsamples": 8, "self_nsamples": 4, "seqlen": 32, "iters": 2, "group_size": 32, **finishing}
+    run = AutoRound(llama_folder, tokenizer, dataset=rows, device="cpu", compute_dtype="float32", **settings)
+    report = run.quantize_and_save(tmp_path / "out")
+    assert report.calibration is not None
+    assert report.calibration["samples"] == (14 if finishing else 12)
+    assert report.calibration["source"] == "token ids that were given, and 4 of the model's own"
+    (blocks,) = seen
+    assert blocks.shape == (12, 32)
+    assert blocks[:8].equal(rows[:8])
+    assert not any(row.equal(given) for row in blocks[8:] for given in rows)
+
+
+def test_a_model_without_a_tokenizer_cannot_go_on_by_itself(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "plain")
+    rows = torch.randint(5, VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(SpecError, match="self_nsamples needs a tokenizer"):
+        tune(tmp_path / "plain", tmp_path / "out", dataset=rows, self_nsamples=2)
+    assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ import torch
 import transformers as t
 from torch import Tensor, nn
 
-from auto_round.errors import CalibrationError
+from auto_round.errors import CalibrationError, SpecError
 from tests.test_architectures import HEAD, SMALL, VISION, dequantise_into, logits_of, tiny, tune
 
 IMAGE = 120  # the id of the token that stands for a piece of an image
@@ -197,5 +197,7 @@ def test_a_processor_makes_the_samples(tmp_path: Path) -> None:
     assert seen == [{"images": "a picture", "text": "What is this?", "return_tensors": "pt"}] * 2
     with pytest.raises(CalibrationError, match="fits seqlen=4"):
         tune(tmp_path / "plain", tmp_path / "short", dataset=pairs, processor=processor, seqlen=4)
+    with pytest.raises(SpecError, match="self_nsamples goes with text"):
+        tune(tmp_path / "plain", tmp_path / "more", dataset=pairs, processor=processor, seqlen=64, self_nsamples=2)
     with pytest.raises(CalibrationError, match="need the model's processor"):
         tune(tmp_path / "plain", tmp_path / "none", dataset=pairs, seqlen=64)

@@ -9,7 +9,8 @@ import torch
 from tests.conftest import tiny_llama
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from auto_round.calibrate.selftext import sample_tokens
+from auto_round.calibrate.dataset import CalibrationSet
+from auto_round.calibrate.selftext import continue_samples, sample_tokens
 from auto_round.errors import CalibrationError
 
 Words = Callable[..., PreTrainedTokenizerFast]
@@ -98,3 +99,63 @@ def test_a_model_of_nan_is_an_error(words: Words) -> None:
         model.lm_head.weight[5, 5] = torch.nan
     with pytest.raises(CalibrationError, match=r"not finite"):
         sample_tokens(model, words(bos=True), 2, 8, seed=0)
+
+
+def given(rows: int = 2, length: int = 220) -> CalibrationSet:
+    """Samples of tokens that stand in no other place, behind <s>; the last has only 200 real ones."""
+    tokens = 10 + torch.arange(rows * length).reshape(rows, length)
+    tokens[:, 0] = 1
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[-1, 200:] = False
+    return CalibrationSet(tokens, mask, "given")
+
+
+def test_the_model_goes_on_from_pieces_of_all_samples(model: LlamaForCausalLM, words: Words) -> None:
+    samples = given()
+    tokens = continue_samples(model, words(bos=True), samples, 12, seed=4, batch_size=5)
+    assert tokens.shape == (12, 220)
+    assert tokens[:, 0].tolist() == [1] * 12
+    begins = []
+    for number, sample in enumerate(tokens):
+        at = int((samples.tokens[number % 2] == sample[1]).nonzero())
+        piece = samples.tokens[number % 2, at : at + 48]
+        assert sample[1:49].equal(piece)
+        assert samples.mask[number % 2, at : at + 48].all()
+        begins.append(at)
+    assert min(begins) >= 1
+    assert len(set(begins[::2])) > 1
+    assert not tokens[0, 49:].equal(tokens[2, 49:])
+    assert not SPECIAL & set(tokens[:, 1:].flatten().tolist())
+
+
+def test_what_the_model_goes_on_with_is_drawn_from_what_it_makes_of_the_piece(words: Words) -> None:
+    model = tiny_llama(vocab_size=1010)
+    with torch.no_grad():  # every place the same: token 20 three times as likely as 21, nothing else at all
+        model.model.norm.weight.zero_()
+        model.lm_head = torch.nn.Linear(96, 1010)
+        model.lm_head.bias.fill_(-1e4)
+        model.lm_head.bias[20], model.lm_head.bias[21] = torch.tensor(3.0).log(), 0.0
+    drawn = continue_samples(model, words(bos=True), given(4), 16, seed=1)[:, 49:]
+    assert set(drawn.flatten().tolist()) == {20, 21}
+    assert 0.70 < float((drawn == 20).float().mean()) < 0.80
+
+
+def test_the_same_seed_goes_on_in_the_same_way(model: LlamaForCausalLM, words: Words) -> None:
+    first, again, other = (continue_samples(model, words(bos=False), given(), 3, seed=seed) for seed in (5, 5, 6))
+    assert first.equal(again)
+    assert not first[:, :48].equal(other[:, :48])
+
+
+def test_pieces_are_a_quarter_of_the_shortest_sample(model: LlamaForCausalLM, words: Words) -> None:
+    samples = given()
+    samples.mask[0, 12:] = False
+    for number, sample in enumerate(continue_samples(model, words(bos=True), samples, 2, seed=0)):
+        at = int((samples.tokens[number] == sample[1]).nonzero())
+        assert sample[1:4].equal(samples.tokens[number, at : at + 3])
+        assert samples.mask[number, at : at + 3].all()
+        assert not sample[4:].equal(samples.tokens[number, at + 3 : at + 219])
+
+
+def test_a_sample_of_one_token_is_no_trouble(model: LlamaForCausalLM, words: Words) -> None:
+    one = CalibrationSet(torch.tensor([[7]]), torch.tensor([[True]]), "given")
+    assert continue_samples(model, words(bos=False), one, 2, seed=0).tolist() == [[7], [7]]

@@ -73,6 +73,7 @@ FLAGS: list[tuple[str, Any]] = [
     ("--finish_iters 64", ("finish_iters", 64)),
     ("--finish_lr 1e-3", ("finish_lr", 1e-3)),
     ("--finish_nsamples 512", ("finish_nsamples", 512)),
+    ("--self_nsamples 32", ("self_nsamples", 32)),
     ("--trust_remote_code", ("trust_remote_code", True)),
     ("--disable_trust_remote_code", ("trust_remote_code", False)),
     ("--output_dir out_dir", ("output_dir", "out_dir")),

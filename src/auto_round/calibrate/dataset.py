@@ -54,6 +54,16 @@ class CalibrationSet:
         """The first `count` samples."""
         return replace(self, tokens=self.tokens[:count], mask=self.mask[:count], beside=self.beside[:count])
 
+    def inserted(self, at: int, tokens: Tensor, source: str) -> CalibrationSet:
+        """With more samples of text, `tokens` as wide as these, before the sample `at`."""
+        title = f"{self.source}, and {len(tokens)} of {source}"
+        rows = torch.ones_like(tokens, dtype=torch.bool)
+        return CalibrationSet(
+            torch.cat([self.tokens[:at], tokens, self.tokens[at:]]),
+            torch.cat([self.mask[:at], rows, self.mask[at:]]),
+            title,
+        )
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the tokens (int64), the mask (one byte each) and the other inputs, as hexadecimal digits."""

@@ -1,8 +1,9 @@
-"""Calibration text that the model samples itself, so that none has to be found: the idea of LLM-QAT (arXiv 2305.17888).
+"""Calibration text that the model samples itself, where little or none can be found: the idea of LLM-QAT (arXiv
+2305.17888).
 
-Each sample begins with what the tokenizer puts in front of a text and one ordinary token drawn evenly from the
-vocabulary; the next few tokens are the likeliest ones, so that text settles into a language, and the rest are drawn
-from the model's own distribution.
+Each sample begins with what the tokenizer puts in front of a text. Out of nothing, one ordinary token follows, drawn
+evenly from the vocabulary, and the few likeliest ones behind it, so that text settles into a language; where there is
+text, a piece of it. The rest is drawn from the model's own distribution.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from auto_round.calibrate.dataset import CalibrationSet
 from auto_round.calibrate.text import Encoder
 from auto_round.errors import CalibrationError
 
 _LIKELIEST = 4
+_PIECE = 48  # tokens of a given sample that a text goes on from, where that is at most a quarter of it
 
 
 def sample_tokens(
@@ -30,27 +33,64 @@ def sample_tokens(
     Special tokens are never drawn: a text that has ended would fill its sample with the end. Raises CalibrationError
     when the model's output is not finite.
     """
-    lead = Encoder(tokenizer).lead
-    device = next(model.parameters()).device
-    # The model may know more tokens than its tokenizer, and special ones are not text.
-    ordinary = sorted(set(range(len(tokenizer))) - _special(tokenizer))
+    ordinary = _ordinary(tokenizer)
     starts = sorted(set(ordinary) - set(tokenizer.added_tokens_decoder))
     if not starts:
         raise CalibrationError("the tokenizer has no ordinary tokens that text could start with")
-    generator = torch.Generator(device).manual_seed(seed)
     first = torch.tensor(starts)[torch.randint(len(starts), (nsamples,), generator=torch.Generator().manual_seed(seed))]
-    begin = torch.cat([lead.expand(nsamples, -1), first[:, None]], 1)[:, :seqlen]  # (nsamples, lead + 1)
+    begin = torch.cat([Encoder(tokenizer).lead.expand(nsamples, -1), first[:, None]], 1)  # (nsamples, lead + 1)
+    return _written(model, begin, _LIKELIEST, ordinary, seqlen, seed, batch_size)
+
+
+def continue_samples(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    given: CalibrationSet,
+    nsamples: int,
+    seed: int,
+    batch_size: int = 8,
+) -> Tensor:
+    """Return (nsamples, tokens) int64 token ids like those of `given`: each goes on from a piece of one of its samples.
+
+    Every sample of `given` is used equally often; from where in it a piece is taken is drawn. Else as `sample_tokens`.
+    """
+    lead = Encoder(tokenizer).lead
+    lengths = given.mask.sum(1).tolist()
+    width = max(1, min(_PIECE, min(lengths) // 4))
+    generator = torch.Generator().manual_seed(seed)
+    begin = []
+    for number in range(nsamples):
+        row = number % len(lengths)
+        first = min(len(lead), lengths[row] - width)  # a given sample begins with the lead itself
+        at = int(torch.randint(first, lengths[row] - width + 1, (1,), generator=generator))
+        begin.append(torch.cat([lead, given.tokens[row, at : at + width]]))
+    seqlen = given.tokens.shape[1]
+    return _written(model, torch.stack(begin), 0, _ordinary(tokenizer), seqlen, seed, batch_size)
+
+
+def _written(
+    model: nn.Module, begin: Tensor, likeliest: int, ordinary: list[int], seqlen: int, seed: int, batch_size: int
+) -> Tensor:
+    """(samples, seqlen) int64: the tokens of `begin` (samples, few) and what the model makes of them."""
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    begin = begin[:, :seqlen]
     # Allocated outside inference mode: tokens made inside could not be used in training.
-    tokens = torch.empty(nsamples, seqlen, dtype=torch.int64)
+    tokens = torch.empty(len(begin), seqlen, dtype=torch.int64)
     training = model.training
     model.eval()
     try:
-        for at in range(0, nsamples, batch_size):
+        for at in range(0, len(begin), batch_size):
             rows = slice(at, at + batch_size)
-            _continue(model, begin[rows].to(device), tokens[rows], ordinary, generator)
+            _continue(model, begin[rows].to(device), tokens[rows], likeliest, ordinary, generator)
     finally:
         model.train(training)
     return tokens
+
+
+def _ordinary(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that are text: the model may know more than its tokenizer, and special ones are not text."""
+    return sorted(set(range(len(tokenizer))) - _special(tokenizer))
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -59,7 +99,9 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 @torch.inference_mode()
-def _continue(model: nn.Module, begin: Tensor, tokens: Tensor, ordinary: list[int], generator: torch.Generator) -> None:
+def _continue(
+    model: nn.Module, begin: Tensor, tokens: Tensor, likeliest: int, ordinary: list[int], generator: torch.Generator
+) -> None:
     """Fill tokens (batch, seqlen) with `begin` (batch, few) and what the model makes of it."""
     filled = begin.shape[1]
     tokens[:, :filled] = begin.to(tokens.device)
@@ -74,7 +116,7 @@ def _continue(model: nn.Module, begin: Tensor, tokens: Tensor, ordinary: list[in
             allowed = torch.full_like(logits[0], -torch.inf)  # (vocabulary,)
             allowed[torch.tensor(ordinary, device=logits.device)] = 0
         logits = logits + allowed
-        if place >= filled + _LIKELIEST:
+        if place >= filled + likeliest:
             # The largest of probability / Exp(1) noise is a draw from the probabilities; unlike a running sum over
             # the vocabulary it is the same on every run on an accelerator.
             noise = torch.empty_like(logits).exponential_(generator=generator)

@@ -236,6 +236,16 @@ Nsamples = Annotated[
         "N",
     ),
 ]
+SelfNsamples = Annotated[
+    int | None,
+    _flag(
+        "Calibration",
+        "--self_nsamples",
+        "Samples on top of those that the model writes itself, going on from pieces of them (default {self_nsamples}); "
+        "for when there is little text.",
+        "N",
+    ),
+]
 Seqlen = Annotated[
     int | None,
     _flag("Calibration", "--seqlen", "Tokens in each sample (default {seqlen}); fewer take less time and memory.", "N"),

@@ -91,6 +91,7 @@ def quantise(
     enable_quanted_input: o.QuantedInput = None,
     dataset: o.Dataset = None,
     nsamples: o.Nsamples = None,
+    self_nsamples: o.SelfNsamples = None,
     seqlen: o.Seqlen = None,
     seed: o.Seed = None,
     format: o.Format = None,

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from auto_round.calibrate.dataset import CalibrationSet, Sampler, build_calibration
 from auto_round.calibrate.pairs import from_pairs, is_pairs
-from auto_round.calibrate.selftext import sample_tokens
+from auto_round.calibrate.selftext import continue_samples, sample_tokens
 from auto_round.errors import SourceError, SpecError
 from auto_round.formats.base import Format
 from auto_round.pipeline.finishing import finish
@@ -28,12 +29,15 @@ from auto_round.pipeline.runner import Runner
 from auto_round.pipeline.signature import signature
 from auto_round.report.forecast import Forecast
 from auto_round.report.record import RunReport
-from auto_round.runtime.device import compute_dtype
+from auto_round.runtime.device import compute_dtype, release_cached
 from auto_round.runtime.events import Listener
 from auto_round.runtime.journal import Journal
 from auto_round.runtime.workspace import Workspace, check_free
 from auto_round.source.foreign import foreign
 from auto_round.source.opening import Source, processor_of
+from auto_round.spec.recipe import Recipe
+
+WRITTEN_TOGETHER = 1 << 14  # tokens whose keys and values are in memory at once
 
 
 def make_ready(job: Job, formats: Sequence[Format], scratch: Path, listener: Listener) -> Ready:
@@ -62,7 +66,7 @@ def quantise(ready: Ready, journal: Journal, scratch: Path, listener: Listener) 
     begin = time.perf_counter()
     job, data = ready.prepared.job, ready.calibration
     samples, seqlen = (
-        (len(data.first(job.recipe.nsamples).tokens), data.tokens.shape[1]) if data is not None else (0, 0)
+        (len(data.first(job.recipe.block_samples).tokens), data.tokens.shape[1]) if data is not None else (0, 0)
     )
     wanted = needs(ready.prepared, samples, seqlen)
     if sentence := too_much(wanted, job):
@@ -73,7 +77,7 @@ def quantise(ready: Ready, journal: Journal, scratch: Path, listener: Listener) 
         place = "on disk" if wanted.on_disk else "in memory"
         listener.note(f"activations are kept {place}, {wanted.samples_per_forward} samples go through a block at once")
     runner = Runner(ready.prepared, wanted, journal, scratch, listener)
-    blocks = runner.round_alone() if data is None else runner.tune(data.first(job.recipe.nsamples))
+    blocks = runner.round_alone() if data is None else runner.tune(data.first(job.recipe.block_samples))
     if data is not None and job.recipe.finish_iters:
         finish(ready.prepared, journal, data, runner.settings, listener)
     return Quantised(ready, journal, tuple(blocks), time.perf_counter() - begin)
@@ -137,21 +141,22 @@ def calibrate(prepared: Prepared, listener: Listener) -> CalibrationSet:
         listener.warn(f"samples are cut to {seqlen} tokens, the longest this model takes (seqlen was {recipe.seqlen})")
 
     def sampler(count: int, length: int, seed: int) -> Tensor:
-        listener.note(f"the model samples {count} texts of {length} tokens itself; it is in memory whole for this")
-        model = prepared.skeleton.auto_class.from_pretrained(
-            source.folder, dtype=job.dtype, trust_remote_code=job.trust_remote_code
-        ).to(job.device)
-        return sample_tokens(model, source.tokenizer, count, length, seed, job.recipe.batch_size)
+        model = _whole(prepared, count, length, listener)
+        return sample_tokens(model, source.tokenizer, count, length, seed, _together(recipe, length))
 
     if is_pairs(job.dataset):
         processor = job.processor or processor_of(source.folder, trust_remote_code=job.trust_remote_code)
-        calibration = from_pairs(job.dataset, processor, nsamples=recipe.samples, seqlen=seqlen, listener=listener)
+        calibration = from_pairs(
+            job.dataset, processor, nsamples=recipe.given_samples, seqlen=seqlen, listener=listener
+        )
     else:
         calibration = _from_text(job, source, seqlen, listener, sampler)
     vocabulary = prepared.skeleton.model.get_input_embeddings().weight.shape[0]
     largest = int(calibration.tokens.max())
     if largest >= vocabulary:
         raise SpecError(f"calibration holds token id {largest}, but the model's vocabulary ends at {vocabulary - 1}")
+    if recipe.self_nsamples:
+        calibration = _continued(prepared, calibration, listener)
     samples, length = calibration.tokens.shape
     listener.note(f"calibration: {samples} samples of {length} tokens from {calibration.source}")
     return calibration
@@ -162,9 +167,39 @@ def _from_text(job: Job, source: Source, seqlen: int, listener: Listener, sample
         return build_calibration(
             job.dataset,
             source.tokenizer,
-            nsamples=job.recipe.samples,
+            nsamples=job.recipe.given_samples,
             seqlen=seqlen,
             seed=job.recipe.seed,
             listener=listener,
             sampler=sampler,
         )
+
+
+def _continued(prepared: Prepared, given: CalibrationSet, listener: Listener) -> CalibrationSet:
+    """`given` with the recipe's `self_nsamples` behind those of the blocks."""
+    recipe, tokenizer = prepared.job.recipe, prepared.source.tokenizer
+    if given.beside:
+        raise SpecError("self_nsamples goes with text: the model cannot go on from image-text pairs by itself")
+    if tokenizer is None:
+        raise SpecError("self_nsamples needs a tokenizer, which says what tokens are text; the model has none")
+    blocks, length = given.first(recipe.nsamples), given.tokens.shape[1]
+    model = _whole(prepared, recipe.self_nsamples, length, listener)
+    together = _together(recipe, length)
+    own = continue_samples(model, tokenizer, blocks, recipe.self_nsamples, recipe.seed, together)
+    del model
+    release_cached(prepared.job.device)
+    return given.inserted(len(blocks.tokens), own, "the model's own")
+
+
+def _whole(prepared: Prepared, count: int, length: int, listener: Listener) -> PreTrainedModel:
+    """The original model, for texts of its own."""
+    job, folder = prepared.job, prepared.source.folder
+    listener.note(f"the model samples {count} texts of {length} tokens itself; it is in memory whole for this")
+    opener = prepared.skeleton.auto_class
+    model: PreTrainedModel = opener.from_pretrained(folder, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
+    return model.to(job.device)
+
+
+def _together(recipe: Recipe, length: int) -> int:
+    """Samples of `length` tokens that the model writes at once: a step reads all weights, for however many samples."""
+    return max(recipe.batch_size, WRITTEN_TOGETHER // length)

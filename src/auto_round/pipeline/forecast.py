@@ -25,7 +25,7 @@ def forecast(prepared: Prepared, saving: Saving, target: Path, seqlen: int, open
     and plan the model. Nothing is written but a trial of the disk, and few weights are read."""
     job, plan = prepared.job, prepared.plan
     calibrated = bool(job.recipe.iters or job.recipe.finish_iters) or job.recipe.start != "plain"
-    samples = job.recipe.nsamples if calibrated else 0
+    samples = job.recipe.block_samples if calibrated else 0
     wanted = needs(prepared, samples, seqlen)
     problems = [sentence] if (sentence := too_much(wanted, job)) else []
     checked = foreseen(prepared, samples, seqlen) if saving.max_kl is not None else None

@@ -22,6 +22,8 @@ class Recipe:
     minmax_lr: step size of the range multipliers alpha and beta; None is a tenth of lr, since a searched range is
         near its best already; a quarter of lr in layers of 2 bits.
     nsamples, seqlen: calibration samples and tokens in each.
+    self_nsamples: samples on top of those that the model writes itself, each going on from a piece of one of them; for
+        when there is little text (docs/ablations.md).
     batch_size: samples per forward; times gradient_accumulate_steps = samples per step.
     seed: draws the calibration samples and, with the block's index, each block's batches.
     enable_minmax_tuning: tune the ranges as well as the rounding.
@@ -41,6 +43,7 @@ class Recipe:
     lr: float | None = None
     minmax_lr: float | None = None
     nsamples: int = 128
+    self_nsamples: int = 0
     seqlen: int = 2048
     batch_size: int = 8
     gradient_accumulate_steps: int = 1
@@ -59,6 +62,7 @@ class Recipe:
         for name, least in (
             ("iters", 0),
             ("nsamples", 1),
+            ("self_nsamples", 0),
             ("seqlen", 1),
             ("batch_size", 1),
             ("gradient_accumulate_steps", 1),
@@ -105,9 +109,19 @@ class Recipe:
         return self.finish_lr if self.finish_lr is not None else 2.0 ** -(6 + bits)
 
     @property
-    def samples(self) -> int:
-        """How many samples the whole run takes."""
+    def given_samples(self) -> int:
+        """How many samples of the user's text the whole run takes."""
         return self.finish_nsamples if self.finish_iters and self.finish_nsamples else self.nsamples
+
+    @property
+    def block_samples(self) -> int:
+        """How many samples the blocks are tuned on: the first of all."""
+        return self.nsamples + self.self_nsamples
+
+    @property
+    def samples(self) -> int:
+        """How many samples there are in all."""
+        return self.given_samples + self.self_nsamples
 
     def updated(self, **values: object) -> Recipe:
         """Return a copy with the given fields replaced; None keeps the field."""
