@@ -198,7 +198,8 @@ def _from_ids(
     if len(kept) < len(rows):
         listener.note(f"{len(rows) - len(kept)} samples are dropped: one token fills more than half of each")
     if len(kept) < wanted.count:
-        remedy = f"pass nsamples={len(kept)} or more of them" if kept else "pass others"
+        rest = f"the model writes the rest with self_nsamples={wanted.count - len(kept)}"
+        remedy = f"pass nsamples={len(kept)} ({rest}) or more of them" if kept else "pass others"
         raise CalibrationError(f"the token ids make {len(kept)} usable samples of the {wanted.count} wanted; {remedy}")
     kept = kept[: wanted.count]
     padding = getattr(tokenizer, "pad_token_id", None) or 0  # None has none, nor have some tokenizers
