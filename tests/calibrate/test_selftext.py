@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from tests.conftest import tiny_llama
+from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from auto_round.calibrate.dataset import CalibrationSet
@@ -30,7 +31,7 @@ def test_samples_begin_as_texts_do_and_hold_ordinary_tokens_only(
     with torch.no_grad():  # an untrained model whose favourites are those that must not come
         biased = tiny_llama(vocab_size=1024)
         biased.lm_head.weight[[2, 1020]] *= 50
-    tokens = sample_tokens(biased, words(bos=bos), 5, 24, seed=3, batch_size=2)
+    tokens = sample_tokens(biased, words(bos=bos), 5, 24, seed=3, at_once=50)
     assert tokens.shape == (5, 24)
     assert tokens.dtype == torch.int64
     assert (tokens[:, 0] == 1).tolist() == [bos] * 5
@@ -110,22 +111,29 @@ def given(rows: int = 2, length: int = 220) -> CalibrationSet:
     return CalibrationSet(tokens, mask, "given")
 
 
+def places(samples: CalibrationSet, stretches: Tensor, width: int) -> list[int]:
+    """Where in the sample of every stretch, 4 for each sample in turn, its `width` tokens behind <s> stand."""
+    found = []
+    for number, stretch in enumerate(stretches):
+        row = number // 4 % len(samples.tokens)
+        at = int((samples.tokens[row] == stretch[1]).nonzero())
+        assert stretch[0] == 1
+        assert stretch[1 : width + 1].equal(samples.tokens[row, at : at + width])
+        assert samples.mask[row, at : at + width].all()
+        assert not stretch[width + 1 :].equal(samples.tokens[row, at + width : at + len(stretch) - 1])
+        found.append(at)
+    return found
+
+
 def test_the_model_goes_on_from_pieces_of_all_samples(model: LlamaForCausalLM, words: Words) -> None:
     samples = given()
-    tokens = continue_samples(model, words(bos=True), samples, 12, seed=4, batch_size=5)
-    assert tokens.shape == (12, 220)
-    assert tokens[:, 0].tolist() == [1] * 12
-    begins = []
-    for number, sample in enumerate(tokens):
-        at = int((samples.tokens[number % 2] == sample[1]).nonzero())
-        piece = samples.tokens[number % 2, at : at + 48]
-        assert sample[1:49].equal(piece)
-        assert samples.mask[number % 2, at : at + 48].all()
-        begins.append(at)
+    tokens = continue_samples(model, words(bos=True), samples, 6, seed=4, at_once=300)
+    assert tokens.shape == (6, 220)
+    begins = places(samples, tokens.reshape(24, 55), 13)
     assert min(begins) >= 1
-    assert len(set(begins[::2])) > 1
-    assert not tokens[0, 49:].equal(tokens[2, 49:])
-    assert not SPECIAL & set(tokens[:, 1:].flatten().tolist())
+    assert len(set(begins)) > 12
+    assert not SPECIAL - {1} & set(tokens.flatten().tolist())
+    assert len({tuple(stretch[14:].tolist()) for stretch in tokens.reshape(24, 55)}) == 24
 
 
 def test_what_the_model_goes_on_with_is_drawn_from_what_it_makes_of_the_piece(words: Words) -> None:
@@ -135,7 +143,7 @@ def test_what_the_model_goes_on_with_is_drawn_from_what_it_makes_of_the_piece(wo
         model.lm_head = torch.nn.Linear(96, 1010)
         model.lm_head.bias.fill_(-1e4)
         model.lm_head.bias[20], model.lm_head.bias[21] = torch.tensor(3.0).log(), 0.0
-    drawn = continue_samples(model, words(bos=True), given(4), 16, seed=1)[:, 49:]
+    drawn = continue_samples(model, words(bos=True), given(4), 16, seed=1).reshape(64, 55)[:, 14:]
     assert set(drawn.flatten().tolist()) == {20, 21}
     assert 0.70 < float((drawn == 20).float().mean()) < 0.80
 
@@ -143,19 +151,24 @@ def test_what_the_model_goes_on_with_is_drawn_from_what_it_makes_of_the_piece(wo
 def test_the_same_seed_goes_on_in_the_same_way(model: LlamaForCausalLM, words: Words) -> None:
     first, again, other = (continue_samples(model, words(bos=False), given(), 3, seed=seed) for seed in (5, 5, 6))
     assert first.equal(again)
-    assert not first[:, :48].equal(other[:, :48])
+    assert not first[:, :13].equal(other[:, :13])
 
 
 def test_pieces_are_a_quarter_of_the_shortest_sample(model: LlamaForCausalLM, words: Words) -> None:
     samples = given()
     samples.mask[0, 12:] = False
-    for number, sample in enumerate(continue_samples(model, words(bos=True), samples, 2, seed=0)):
-        at = int((samples.tokens[number] == sample[1]).nonzero())
-        assert sample[1:4].equal(samples.tokens[number, at : at + 3])
-        assert samples.mask[number, at : at + 3].all()
-        assert not sample[4:].equal(samples.tokens[number, at + 3 : at + 219])
+    places(samples, continue_samples(model, words(bos=True), samples, 2, seed=0).reshape(8, 55), 3)
 
 
-def test_a_sample_of_one_token_is_no_trouble(model: LlamaForCausalLM, words: Words) -> None:
+def test_widths_that_stretches_do_not_divide_are_kept(model: LlamaForCausalLM, words: Words) -> None:
+    assert continue_samples(model, words(bos=True), given(2, 210), 2, seed=0).shape == (2, 210)
     one = CalibrationSet(torch.tensor([[7]]), torch.tensor([[True]]), "given")
     assert continue_samples(model, words(bos=False), one, 2, seed=0).tolist() == [[7], [7]]
+
+
+def test_only_the_last_logits_are_made_where_the_model_can(model: LlamaForCausalLM, words: Words) -> None:
+    seen: list[int] = []
+    hook = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    continue_samples(model, words(bos=True), given(), 2, seed=0)
+    hook.remove()
+    assert set(seen) == {1}

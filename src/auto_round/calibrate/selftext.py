@@ -8,6 +8,9 @@ text, a piece of it. The rest is drawn from the model's own distribution.
 
 from __future__ import annotations
 
+import inspect
+import math
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -16,8 +19,10 @@ from auto_round.calibrate.dataset import CalibrationSet
 from auto_round.calibrate.text import Encoder
 from auto_round.errors import CalibrationError
 
+_AT_ONCE = 1 << 14  # tokens whose keys and values are in memory: a step reads all weights, for however many samples
 _LIKELIEST = 4
-_PIECE = 48  # tokens of a given sample that a text goes on from, where that is at most a quarter of it
+_STRETCHES = 4  # of text in a sample; short ones stay near what was given, and are written faster
+_PIECE = 0.25  # share of a stretch that is given
 
 
 def sample_tokens(
@@ -26,10 +31,11 @@ def sample_tokens(
     nsamples: int,
     seqlen: int,
     seed: int,
-    batch_size: int = 8,
+    at_once: int = _AT_ONCE,
 ) -> Tensor:
     """Return (nsamples, seqlen) int64 token ids on the CPU, the same for the same seed and machine.
 
+    at_once: tokens written together; another number gives other draws.
     Special tokens are never drawn: a text that has ended would fill its sample with the end. Raises CalibrationError
     when the model's output is not finite.
     """
@@ -39,7 +45,7 @@ def sample_tokens(
         raise CalibrationError("the tokenizer has no ordinary tokens that text could start with")
     first = torch.tensor(starts)[torch.randint(len(starts), (nsamples,), generator=torch.Generator().manual_seed(seed))]
     begin = torch.cat([Encoder(tokenizer).lead.expand(nsamples, -1), first[:, None]], 1)  # (nsamples, lead + 1)
-    return _written(model, begin, _LIKELIEST, ordinary, seqlen, seed, batch_size)
+    return _written(model, begin, _LIKELIEST, ordinary, seqlen, seed, at_once)
 
 
 def continue_samples(
@@ -48,28 +54,31 @@ def continue_samples(
     given: CalibrationSet,
     nsamples: int,
     seed: int,
-    batch_size: int = 8,
+    at_once: int = _AT_ONCE,
 ) -> Tensor:
-    """Return (nsamples, tokens) int64 token ids like those of `given`: each goes on from a piece of one of its samples.
+    """Return (nsamples, tokens) int64 token ids as wide as those of `given`.
 
-    Every sample of `given` is used equally often; from where in it a piece is taken is drawn. Else as `sample_tokens`.
+    A sample is a few stretches of text, each going on from a piece of the same given sample; all of these are used
+    equally often, and from where a piece is taken is drawn. Else as `sample_tokens`.
     """
     lead = Encoder(tokenizer).lead
+    count, seqlen = given.tokens.shape
+    stretch = math.ceil(seqlen / _STRETCHES)
     lengths = given.mask.sum(1).tolist()
-    width = max(1, min(_PIECE, min(lengths) // 4))
+    width = max(1, int(_PIECE * min(stretch, *lengths)))
     generator = torch.Generator().manual_seed(seed)
     begin = []
-    for number in range(nsamples):
-        row = number % len(lengths)
+    for number in range(nsamples * _STRETCHES):
+        row = number // _STRETCHES % count
         first = min(len(lead), lengths[row] - width)  # a given sample begins with the lead itself
         at = int(torch.randint(first, lengths[row] - width + 1, (1,), generator=generator))
         begin.append(torch.cat([lead, given.tokens[row, at : at + width]]))
-    seqlen = given.tokens.shape[1]
-    return _written(model, torch.stack(begin), 0, _ordinary(tokenizer), seqlen, seed, batch_size)
+    written = _written(model, torch.stack(begin), 0, _ordinary(tokenizer), stretch, seed, at_once)
+    return written.reshape(nsamples, -1)[:, :seqlen]
 
 
 def _written(
-    model: nn.Module, begin: Tensor, likeliest: int, ordinary: list[int], seqlen: int, seed: int, batch_size: int
+    model: nn.Module, begin: Tensor, likeliest: int, ordinary: list[int], seqlen: int, seed: int, at_once: int
 ) -> Tensor:
     """(samples, seqlen) int64: the tokens of `begin` (samples, few) and what the model makes of them."""
     device = next(model.parameters()).device
@@ -78,6 +87,7 @@ def _written(
     # Allocated outside inference mode: tokens made inside could not be used in training.
     tokens = torch.empty(len(begin), seqlen, dtype=torch.int64)
     training = model.training
+    batch_size = max(1, at_once // seqlen)
     model.eval()
     try:
         for at in range(0, len(begin), batch_size):
@@ -107,8 +117,10 @@ def _continue(
     tokens[:, :filled] = begin.to(tokens.device)
     allowed: Tensor | None = None
     current, cache = begin, None
+    # Logits of a whole beginning can take more memory than the model.
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     for place in range(filled, tokens.shape[1]):
-        output = model(input_ids=current, past_key_values=cache, use_cache=True)
+        output = model(input_ids=current, past_key_values=cache, use_cache=True, **last)
         logits, cache = output.logits[:, -1].float(), output.past_key_values  # (batch, vocabulary)
         if not torch.isfinite(logits).all():
             raise CalibrationError("the model's output is not finite; text cannot be sampled from it")

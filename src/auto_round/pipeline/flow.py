@@ -35,9 +35,6 @@ from auto_round.runtime.journal import Journal
 from auto_round.runtime.workspace import Workspace, check_free
 from auto_round.source.foreign import foreign
 from auto_round.source.opening import Source, processor_of
-from auto_round.spec.recipe import Recipe
-
-WRITTEN_TOGETHER = 1 << 14  # tokens whose keys and values are in memory at once
 
 
 def make_ready(job: Job, formats: Sequence[Format], scratch: Path, listener: Listener) -> Ready:
@@ -142,7 +139,7 @@ def calibrate(prepared: Prepared, listener: Listener) -> CalibrationSet:
 
     def sampler(count: int, length: int, seed: int) -> Tensor:
         model = _whole(prepared, count, length, listener)
-        return sample_tokens(model, source.tokenizer, count, length, seed, _together(recipe, length))
+        return sample_tokens(model, source.tokenizer, count, length, seed)
 
     if is_pairs(job.dataset):
         processor = job.processor or processor_of(source.folder, trust_remote_code=job.trust_remote_code)
@@ -184,8 +181,7 @@ def _continued(prepared: Prepared, given: CalibrationSet, listener: Listener) ->
         raise SpecError("self_nsamples needs a tokenizer, which says what tokens are text; the model has none")
     blocks, length = given.first(recipe.nsamples), given.tokens.shape[1]
     model = _whole(prepared, recipe.self_nsamples, length, listener)
-    together = _together(recipe, length)
-    own = continue_samples(model, tokenizer, blocks, recipe.self_nsamples, recipe.seed, together)
+    own = continue_samples(model, tokenizer, blocks, recipe.self_nsamples, recipe.seed)
     del model
     release_cached(prepared.job.device)
     return given.inserted(len(blocks.tokens), own, "the model's own")
@@ -198,8 +194,3 @@ def _whole(prepared: Prepared, count: int, length: int, listener: Listener) -> P
     opener = prepared.skeleton.auto_class
     model: PreTrainedModel = opener.from_pretrained(folder, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
     return model.to(job.device)
-
-
-def _together(recipe: Recipe, length: int) -> int:
-    """Samples of `length` tokens that the model writes at once: a step reads all weights, for however many samples."""
-    return max(recipe.batch_size, WRITTEN_TOGETHER // length)
