@@ -50,6 +50,15 @@ def test_the_forecast_lists_every_layer_and_writes_nothing(llama_folder: Path, t
     assert 0 < forecast.total_seconds < 600
 
 
+def test_samples_that_the_model_writes_take_time_of_their_own(llama_folder: Path, tmp_path: Path) -> None:
+    plain, more, most = (
+        AutoRound(llama_folder, self_nsamples=count, **killing.SETTINGS).plan(tmp_path / "out")
+        for count in (0, 8, 4096)
+    )
+    assert "writing" not in plain.seconds
+    assert 0 < more.seconds["writing"] < most.seconds["writing"]
+
+
 def test_the_command_plans_for_programs(llama_folder: Path, tmp_path: Path) -> None:
     words = ["plan", str(llama_folder), "--group-size", "32", "--nsamples", "4", "--output_dir", str(tmp_path / "out")]
     command = [sys.executable, "-m", "auto_round", *words, "--json"]

@@ -19,10 +19,10 @@ from auto_round.calibrate.dataset import CalibrationSet
 from auto_round.calibrate.text import Encoder
 from auto_round.errors import CalibrationError
 
-_AT_ONCE = 1 << 14  # tokens whose keys and values are in memory: a step reads all weights, for however many samples
+AT_ONCE = 1 << 14  # tokens whose keys and values are in memory: a step reads all weights, for however many samples
 _LIKELIEST = 4
-_STRETCHES = 4  # of text in a sample; short ones stay near what was given, and are written faster
-_PIECE = 0.25  # share of a stretch that is given
+STRETCHES = 4  # of text in a sample; short ones stay near what was given, and are written faster
+PIECE = 0.25  # share of a stretch that is given
 
 
 def sample_tokens(
@@ -31,7 +31,7 @@ def sample_tokens(
     nsamples: int,
     seqlen: int,
     seed: int,
-    at_once: int = _AT_ONCE,
+    at_once: int = AT_ONCE,
 ) -> Tensor:
     """Return (nsamples, seqlen) int64 token ids on the CPU, the same for the same seed and machine.
 
@@ -54,7 +54,7 @@ def continue_samples(
     given: CalibrationSet,
     nsamples: int,
     seed: int,
-    at_once: int = _AT_ONCE,
+    at_once: int = AT_ONCE,
 ) -> Tensor:
     """Return (nsamples, tokens) int64 token ids as wide as those of `given`.
 
@@ -63,13 +63,13 @@ def continue_samples(
     """
     lead = Encoder(tokenizer).lead
     count, seqlen = given.tokens.shape
-    stretch = math.ceil(seqlen / _STRETCHES)
+    stretch = math.ceil(seqlen / STRETCHES)
     lengths = given.mask.sum(1).tolist()
-    width = max(1, int(_PIECE * min(stretch, *lengths)))
+    width = max(1, int(PIECE * min(stretch, *lengths)))
     generator = torch.Generator().manual_seed(seed)
     begin = []
-    for number in range(nsamples * _STRETCHES):
-        row = number // _STRETCHES % count
+    for number in range(nsamples * STRETCHES):
+        row = number // STRETCHES % count
         first = min(len(lead), lengths[row] - width)  # a given sample begins with the lead itself
         at = int(torch.randint(first, lengths[row] - width + 1, (1,), generator=generator))
         begin.append(torch.cat([lead, given.tokens[row, at : at + width]]))

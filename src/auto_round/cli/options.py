@@ -242,7 +242,7 @@ SelfNsamples = Annotated[
         "Calibration",
         "--self_nsamples",
         "Samples on top of those that the model writes itself, going on from pieces of them (default {self_nsamples}); "
-        "for when there is little text.",
+        "for when there is little text; the whole model is in memory meanwhile.",
         "N",
     ),
 ]
