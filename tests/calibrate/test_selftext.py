@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -172,3 +174,21 @@ def test_only_the_last_logits_are_made_where_the_model_can(model: LlamaForCausal
     continue_samples(model, words(bos=True), given(), 2, seed=0)
     hook.remove()
     assert set(seen) == {1}
+
+
+class Old(torch.nn.Module):
+    """A model as transformers had them before 5.23, when it knew the cache by another name."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool = False) -> SimpleNamespace:
+        output = self.model(input_ids=input_ids, cache=past_key_values, use_cache=use_cache)
+        return SimpleNamespace(logits=output.logits, past_key_values=output.cache)
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_the_cache_goes_by_the_name_that_the_model_knows(model: LlamaForCausalLM, words: Words) -> None:
+    now, before = (sample_tokens(known, words(bos=True), 2, 12, seed=0) for known in (model, Old(model)))
+    assert now.equal(before)

@@ -117,11 +117,13 @@ def _continue(
     tokens[:, :filled] = begin.to(tokens.device)
     allowed: Tensor | None = None
     current, cache = begin, None
+    known = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in known else "past_key_values"  # as it is called before transformers 5.23
     # Logits of a whole beginning can take more memory than the model.
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
     for place in range(filled, tokens.shape[1]):
-        output = model(input_ids=current, past_key_values=cache, use_cache=True, **last)
-        logits, cache = output.logits[:, -1].float(), output.past_key_values  # (batch, vocabulary)
+        output = model(input_ids=current, use_cache=True, **{name: cache}, **last)
+        logits, cache = output.logits[:, -1].float(), getattr(output, name)  # (batch, vocabulary)
         if not torch.isfinite(logits).all():
             raise CalibrationError("the model's output is not finite; text cannot be sampled from it")
         if allowed is None:
