@@ -65,18 +65,23 @@ def test_the_likeliest_tokens_come_first_as_the_whole_model_has_them(model: Llam
     assert not greedy[:, 5:].all()
 
 
-def test_draws_follow_the_models_distribution(words: Words) -> None:
+@pytest.fixture(scope="module")
+def lopsided() -> LlamaForCausalLM:
+    """Every place the same: token 20 three times as likely as 21, nothing else at all."""
     model = tiny_llama(vocab_size=1010)
     with torch.no_grad():
-        # Every place the same: token 20 three times as likely as 21, nothing else at all.
         model.model.norm.weight.zero_()
         model.lm_head = torch.nn.Linear(96, 1010)
         model.lm_head.bias.fill_(-1e4)
         model.lm_head.bias[20], model.lm_head.bias[21] = torch.tensor(3.0).log(), 0.0
-    drawn = sample_tokens(model, words(bos=True), 16, 60, seed=1)[:, 6:]
+    return model
+
+
+def test_draws_follow_the_models_distribution(lopsided: LlamaForCausalLM, words: Words) -> None:
+    drawn = sample_tokens(lopsided, words(bos=True), 16, 60, seed=1)[:, 6:]
     assert set(drawn.flatten().tolist()) == {20, 21}
     assert 0.70 < float((drawn == 20).float().mean()) < 0.80
-    assert not sample_tokens(model, words(bos=True), 16, 60, seed=2)[:, 6:].equal(drawn)
+    assert not sample_tokens(lopsided, words(bos=True), 16, 60, seed=2)[:, 6:].equal(drawn)
 
 
 def test_the_model_is_left_as_it_was_and_the_tokens_can_train(model: LlamaForCausalLM, words: Words) -> None:
@@ -138,14 +143,10 @@ def test_the_model_goes_on_from_pieces_of_all_samples(model: LlamaForCausalLM, w
     assert len({tuple(stretch[14:].tolist()) for stretch in tokens.reshape(24, 55)}) == 24
 
 
-def test_what_the_model_goes_on_with_is_drawn_from_what_it_makes_of_the_piece(words: Words) -> None:
-    model = tiny_llama(vocab_size=1010)
-    with torch.no_grad():  # every place the same: token 20 three times as likely as 21, nothing else at all
-        model.model.norm.weight.zero_()
-        model.lm_head = torch.nn.Linear(96, 1010)
-        model.lm_head.bias.fill_(-1e4)
-        model.lm_head.bias[20], model.lm_head.bias[21] = torch.tensor(3.0).log(), 0.0
-    drawn = continue_samples(model, words(bos=True), given(4), 16, seed=1).reshape(64, 55)[:, 14:]
+def test_what_the_model_goes_on_with_is_drawn_from_what_it_makes_of_the_piece(
+    lopsided: LlamaForCausalLM, words: Words
+) -> None:
+    drawn = continue_samples(lopsided, words(bos=True), given(4), 16, seed=1).reshape(64, 55)[:, 14:]
     assert set(drawn.flatten().tolist()) == {20, 21}
     assert 0.70 < float((drawn == 20).float().mean()) < 0.80
 

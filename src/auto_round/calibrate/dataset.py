@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from auto_round.calibrate.corpora import SELF, load
 from auto_round.calibrate.documents import Corpus
 from auto_round.calibrate.spec import DatasetSpec, parse_dataset
-from auto_round.calibrate.text import Draw, Encoder, degenerate, draw
+from auto_round.calibrate.text import Draw, Encoder, degenerate, draw, fewer
 from auto_round.errors import CalibrationError
 from auto_round.runtime.events import Listener
 
@@ -198,8 +198,7 @@ def _from_ids(
     if len(kept) < len(rows):
         listener.note(f"{len(rows) - len(kept)} samples are dropped: one token fills more than half of each")
     if len(kept) < wanted.count:
-        rest = f"the model writes the rest with self_nsamples={wanted.count - len(kept)}"
-        remedy = f"pass nsamples={len(kept)} ({rest}) or more of them" if kept else "pass others"
+        remedy = f"pass {fewer(len(kept), wanted.count)} or more of them" if kept else "pass others"
         raise CalibrationError(f"the token ids make {len(kept)} usable samples of the {wanted.count} wanted; {remedy}")
     kept = kept[: wanted.count]
     padding = getattr(tokenizer, "pad_token_id", None) or 0  # None has none, nor have some tokenizers

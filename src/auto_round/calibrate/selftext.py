@@ -20,9 +20,9 @@ from auto_round.calibrate.text import Encoder
 from auto_round.errors import CalibrationError
 
 AT_ONCE = 1 << 14  # tokens whose keys and values are in memory: a step reads all weights, for however many samples
-_LIKELIEST = 4
 STRETCHES = 4  # of text in a sample; short ones stay near what was given, and are written faster
 PIECE = 0.25  # share of a stretch that is given
+_LIKELIEST = 4
 
 
 def sample_tokens(

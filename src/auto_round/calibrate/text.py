@@ -166,11 +166,14 @@ def _pack(stream: Iterable[Tensor], encoder: Encoder, wanted: Draw, count: int) 
     return rows, available
 
 
+def fewer(found: int, wanted: int) -> str:
+    """What to pass where only `found` of the `wanted` samples are there."""
+    return f"nsamples={found} (the model writes the rest with self_nsamples={wanted - found})"
+
+
 def _shortage(title: str, found: int, available: int, wanted: Draw) -> str:
     text = f"{title} gives {found} of the {wanted.count} samples of {wanted.seqlen} tokens"
-    remedies = (
-        [f"nsamples={found} (the model writes the rest with self_nsamples={wanted.count - found})"] if found else []
-    )
+    remedies = [fewer(found, wanted.count)] if found else []
     if wanted.concat is False:
         return f"{text} with concat=false; leave that out, or pass {' or '.join([*remedies, 'a smaller seqlen'])}"
     # A tenth is left for what is lost where samples are cut.

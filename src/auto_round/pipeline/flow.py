@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -138,8 +138,9 @@ def calibrate(prepared: Prepared, listener: Listener) -> CalibrationSet:
         listener.warn(f"samples are cut to {seqlen} tokens, the longest this model takes (seqlen was {recipe.seqlen})")
 
     def sampler(count: int, length: int, seed: int) -> Tensor:
-        model = _whole(prepared, count, length, listener)
-        return sample_tokens(model, source.tokenizer, count, length, seed)
+        return _by_model(
+            prepared, count, length, listener, lambda m: sample_tokens(m, source.tokenizer, count, length, seed)
+        )
 
     if is_pairs(job.dataset):
         processor = job.processor or processor_of(source.folder, trust_remote_code=job.trust_remote_code)
@@ -179,18 +180,23 @@ def _continued(prepared: Prepared, given: CalibrationSet, listener: Listener) ->
         raise SpecError("self_nsamples goes with text: the model cannot go on from image-text pairs by itself")
     if tokenizer is None:
         raise SpecError("self_nsamples needs a tokenizer, which says what tokens are text; the model has none")
-    blocks, length = given.first(recipe.nsamples), given.tokens.shape[1]
-    model = _whole(prepared, recipe.self_nsamples, length, listener)
-    own = continue_samples(model, tokenizer, blocks, recipe.self_nsamples, recipe.seed)
-    del model
-    release_cached(prepared.job.device)
+    blocks, count = given.first(recipe.nsamples), recipe.self_nsamples
+    length = given.tokens.shape[1]
+    own = _by_model(
+        prepared, count, length, listener, lambda m: continue_samples(m, tokenizer, blocks, count, recipe.seed)
+    )
     return given.inserted(len(blocks.tokens), own, "the model's own")
 
 
-def _whole(prepared: Prepared, count: int, length: int, listener: Listener) -> PreTrainedModel:
-    """The original model, for texts of its own."""
+def _by_model(
+    prepared: Prepared, count: int, length: int, listener: Listener, write: Callable[[PreTrainedModel], Tensor]
+) -> Tensor:
+    """What `write` has the original model say: (count, length) token ids. The model is in memory only meanwhile."""
     job, folder = prepared.job, prepared.source.folder
     listener.note(f"the model samples {count} texts of {length} tokens itself; it is in memory whole for this")
     opener = prepared.skeleton.auto_class
-    model: PreTrainedModel = opener.from_pretrained(folder, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
-    return model.to(job.device)
+    model = opener.from_pretrained(folder, dtype=job.dtype, trust_remote_code=job.trust_remote_code).to(job.device)
+    tokens = write(model)
+    del model
+    release_cached(job.device)
+    return tokens
