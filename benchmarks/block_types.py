@@ -152,9 +152,8 @@ def our_files(options: argparse.Namespace, tokens: list[list[int]], file_type: s
     for name, keywords in json.loads(options.ours).items():
         folder = options.out / f"ours-{name}-{file_type}"
         begin = time.perf_counter()
-        tuner = AutoRound(
-            options.model, dataset=tokens, nsamples=options.nsamples, seqlen=options.seqlen, device="cpu", **keywords
-        )
+        asked = {"nsamples": options.nsamples, "seqlen": options.seqlen, "device": "cpu", **keywords}
+        tuner = AutoRound(options.model, dataset=tokens, **asked)
         tuner.quantize_and_save(folder, format=f"gguf:{file_type}", overwrite=True)
         files[f"ours {name}"] = (next(folder.glob("*.gguf")), time.perf_counter() - begin)
     return files

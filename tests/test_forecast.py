@@ -57,6 +57,10 @@ def test_samples_that_the_model_writes_take_time_of_their_own(llama_folder: Path
     )
     assert "writing" not in plain.seconds
     assert 0 < more.seconds["writing"] < most.seconds["writing"]
+    assert "writing" not in plain.memory
+    assert 0 < more.memory["writing"] < most.memory["writing"]
+    (sampled,) = (AutoRound(llama_folder, **{**killing.SETTINGS, "dataset": "self"}).plan(tmp_path / "out"),)
+    assert sampled.seconds["writing"] > 0
 
 
 def test_the_command_plans_for_programs(llama_folder: Path, tmp_path: Path) -> None:

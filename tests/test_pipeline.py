@@ -211,11 +211,3 @@ def test_samples_that_the_model_adds_are_behind_those_of_the_blocks(
     assert blocks.shape == (12, 32)
     assert blocks[:8].equal(rows[:8])
     assert not any(row.equal(given) for row in blocks[8:] for given in rows)
-
-
-def test_a_model_without_a_tokenizer_cannot_go_on_by_itself(tmp_path: Path) -> None:
-    tiny_llama().save_pretrained(tmp_path / "plain")
-    rows = torch.randint(5, VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(0))
-    with pytest.raises(SpecError, match="self_nsamples needs a tokenizer"):
-        tune(tmp_path / "plain", tmp_path / "out", dataset=rows, self_nsamples=2)
-    assert not (tmp_path / "out").exists()

@@ -13,11 +13,34 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from auto_round.calibrate.dataset import CalibrationSet
-from auto_round.calibrate.selftext import continue_samples, sample_tokens
+from auto_round.calibrate.selftext import AT_ONCE, Beginnings, joined, out_of_nothing, pieces, write
 from auto_round.errors import CalibrationError
 
 Words = Callable[..., PreTrainedTokenizerFast]
 SPECIAL = {0, 1, 2}
+
+
+def sample_tokens(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    at_once: int = AT_ONCE,
+) -> Tensor:
+    return write(model, tokenizer, out_of_nothing(tokenizer, nsamples, seqlen, seed), at_once=at_once)
+
+
+def continue_samples(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    given: CalibrationSet,
+    nsamples: int,
+    seed: int,
+    at_once: int = AT_ONCE,
+) -> Tensor:
+    texts = write(model, tokenizer, pieces(tokenizer, given, nsamples, seed), at_once=at_once)
+    return joined(texts, given.tokens.shape[1])
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +216,45 @@ class Old(torch.nn.Module):
 def test_the_cache_goes_by_the_name_that_the_model_knows(model: LlamaForCausalLM, words: Words) -> None:
     now, before = (sample_tokens(known, words(bos=True), 2, 12, seed=0) for known in (model, Old(model)))
     assert now.equal(before)
+
+
+def test_what_is_told_is_every_round_and_the_texts_that_are_finished(model: LlamaForCausalLM, words: Words) -> None:
+    tokenizer = words(bos=True)
+    heard: list[tuple[int, int, Tensor]] = []
+    begin = out_of_nothing(tokenizer, 5, 9, seed=2)
+    texts = write(model, tokenizer, begin, told=lambda *facts: heard.append(facts), at_once=20)
+    assert sorted({done for done, _, _ in heard}) == list(range(1, 22))  # 7 tokens behind 2, three times
+    assert {total for _, total, _ in heard} == {21}
+    assert [len(finished) for _, _, finished in heard if len(finished)][:2] == [2, 2]
+    assert all(finished.equal(texts[: len(finished)]) for _, _, finished in heard)
+
+
+@pytest.mark.parametrize("known", [2, 4, 5])
+def test_texts_that_are_known_are_not_written_again(model: LlamaForCausalLM, words: Words, known: int) -> None:
+    tokenizer = words(bos=True)
+    begin = out_of_nothing(tokenizer, 5, 9, seed=2)
+    texts = write(model, tokenizer, begin, at_once=20)
+    rounds: list[int] = []
+    again = write(model, tokenizer, begin, texts[:known], lambda done, total, _: rounds.append(done), at_once=20)
+    assert again.equal(texts)
+    assert min(rounds, default=22) == {2: 8, 4: 15, 5: 22}[known]
+
+
+def test_texts_written_in_turn_differ(lopsided: LlamaForCausalLM, words: Words) -> None:
+    """Equal beginnings, one text at a time: each draws for itself."""
+    begin = Beginnings(torch.ones(4, 1, dtype=torch.int64), 40, 0, seed=0)
+    texts = write(lopsided, words(bos=True), begin, at_once=40)
+    assert len({tuple(text) for text in texts.tolist()}) == 4
+
+
+def test_the_digest_tells_all_that_decides_the_texts() -> None:
+    begin = Beginnings(torch.arange(6).reshape(2, 3), 9, 0, 1)
+    others = (
+        Beginnings(torch.arange(6).reshape(3, 2), 9, 0, 1),
+        Beginnings(torch.arange(1, 7).reshape(2, 3), 9, 0, 1),
+        Beginnings(begin.tokens, 8, 0, 1),
+        Beginnings(begin.tokens, 9, 4, 1),
+        Beginnings(begin.tokens, 9, 0, 2),
+    )
+    assert Beginnings(begin.tokens.clone(), 9, 0, 1).digest == begin.digest
+    assert len({begin.digest, *(other.digest for other in others)}) == 6

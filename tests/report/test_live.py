@@ -92,6 +92,21 @@ def test_one_listener_takes_several_runs() -> None:
     assert listener.summary(STATS).startswith("block 3/3")
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_writing_counts_and_says_what_is_left(terminal: bool) -> None:
+    output, clock = io.StringIO(), Clock()
+    console = Console(file=output, force_terminal=terminal, width=200, color_system=None, legacy_windows=False)
+    listener = LiveListener(console, clock=clock)
+    for done in range(1, 101):  # a second for each
+        clock.now += 1.0
+        listener.writing(done, 100)
+    lines = output.getvalue().replace("\r", "\n").splitlines()
+    assert lines[-1 if terminal else 0] == ("writing: 100%  0.0 s left" if terminal else "writing: 31%  69.0 s left")
+    assert len(lines) == (99 if terminal else 3)
+    listener.finishing(0, 8, 0.5)
+    assert output.getvalue().rstrip().endswith("finishing: step 1/8  KL 0.5  0.0 s left")
+
+
 @pytest.mark.parametrize(
     ("finished", "current", "share", "expected"),
     [

@@ -140,7 +140,10 @@ def _from_specs(
     sampler: Sampler | None,
 ) -> CalibrationSet:
     pieces, titles = [], []
-    for index, (spec, count) in enumerate(zip(specs, _shares(specs, wanted.count, listener), strict=True)):
+    shares = _shares(specs, wanted.count)
+    if sum(shares) < wanted.count:
+        listener.note(f"num= asks for {sum(shares)} samples in all: that many are used, not nsamples={wanted.count}")
+    for index, (spec, count) in enumerate(zip(specs, shares, strict=True)):
         if spec.name == SELF:
             rows, title = _sampled(spec, sampler, count, wanted.seqlen, seed), "self (sampled by the model)"
         else:
@@ -162,7 +165,15 @@ def _from_specs(
     return _full(tokens, ", ".join(titles))
 
 
-def _shares(specs: tuple[DatasetSpec, ...], nsamples: int, listener: Listener) -> list[int]:
+def sampled_count(dataset: Dataset, nsamples: int) -> int:
+    """How many of `nsamples` samples the model is to write; CalibrationError when the dataset makes no sense."""
+    if not isinstance(dataset, str):
+        return 0
+    specs = parse_dataset(dataset)
+    return sum(count for spec, count in zip(specs, _shares(specs, nsamples), strict=True) if spec.name == SELF)
+
+
+def _shares(specs: tuple[DatasetSpec, ...], nsamples: int) -> list[int]:
     """Samples of every set: those with num= as they say, the others an even share of what is left."""
     asked = sum(spec.num or 0 for spec in specs)
     open_sets = sum(spec.num is None for spec in specs)
@@ -174,8 +185,6 @@ def _shares(specs: tuple[DatasetSpec, ...], nsamples: int, listener: Listener) -
             f"pass nsamples={asked + open_sets} or more, or a smaller num="
         )
     if not open_sets:
-        if left:
-            listener.note(f"num= asks for {asked} samples in all: that many are used, not nsamples={nsamples}")
         return [spec.num or 0 for spec in specs]
     even, extra = divmod(left, open_sets)
     shares = iter([even + (place < extra) for place in range(open_sets)])

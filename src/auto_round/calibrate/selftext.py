@@ -1,15 +1,18 @@
 """Calibration text that the model samples itself, where little or none can be found: the idea of LLM-QAT (arXiv
 2305.17888).
 
-Each sample begins with what the tokenizer puts in front of a text. Out of nothing, one ordinary token follows, drawn
-evenly from the vocabulary, and the few likeliest ones behind it, so that text settles into a language; where there is
-text, a piece of it. The rest is drawn from the model's own distribution.
+Each text begins with what the tokenizer puts in front of one. Out of nothing, one ordinary token follows, drawn evenly
+from the vocabulary, and the few likeliest ones behind it, so that text settles into a language; where there is text, a
+piece of it. The rest is drawn from the model's own distribution.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,47 +22,51 @@ from auto_round.calibrate.dataset import CalibrationSet
 from auto_round.calibrate.text import Encoder
 from auto_round.errors import CalibrationError
 
-AT_ONCE = 1 << 14  # tokens whose keys and values are in memory: a step reads all weights, for however many samples
-STRETCHES = 4  # of text in a sample; short ones stay near what was given, and are written faster
-PIECE = 0.25  # share of a stretch that is given
+AT_ONCE = 1 << 14  # tokens whose keys and values are in memory: a step reads all weights, for however many texts
+STRETCHES = 4  # texts in a sample where they go on from given ones; short ones stay near these, and are written faster
+PIECE = 0.25  # share of such a text that is given
 _LIKELIEST = 4
 
+# (tokens done, tokens in all, of texts written one beside the other; (texts, length) that are finished) -> nothing
+Told = Callable[[int, int, Tensor], None]
 
-def sample_tokens(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    nsamples: int,
-    seqlen: int,
-    seed: int,
-    at_once: int = AT_ONCE,
-) -> Tensor:
-    """Return (nsamples, seqlen) int64 token ids on the CPU, the same for the same seed and machine.
 
-    at_once: tokens written together; another number gives other draws.
-    Special tokens are never drawn: a text that has ended would fill its sample with the end. Raises CalibrationError
-    when the model's output is not finite.
+@dataclass(frozen=True, eq=False)
+class Beginnings:
+    """What texts begin with, before the model goes on.
+
+    tokens: (texts, few) int64. length: tokens of a whole text. likeliest: so many tokens behind the beginning are the
+    likeliest ones, not drawn. seed: of the draws.
     """
-    ordinary = _ordinary(tokenizer)
-    starts = sorted(set(ordinary) - set(tokenizer.added_tokens_decoder))
+
+    tokens: Tensor
+    length: int
+    likeliest: int
+    seed: int
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all of it and of how many are written at once, as hexadecimal digits: what decides the texts."""
+        facts = (self.tokens.shape, self.length, self.likeliest, self.seed, AT_ONCE)
+        digest = hashlib.sha256(repr(facts).encode())
+        digest.update(self.tokens.contiguous().numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def out_of_nothing(tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int) -> Beginnings:
+    """The beginnings of `nsamples` texts of `seqlen` tokens. Raises CalibrationError when there is no token to use."""
+    starts = sorted(set(_ordinary(tokenizer)) - set(tokenizer.added_tokens_decoder))
     if not starts:
         raise CalibrationError("the tokenizer has no ordinary tokens that text could start with")
     first = torch.tensor(starts)[torch.randint(len(starts), (nsamples,), generator=torch.Generator().manual_seed(seed))]
     begin = torch.cat([Encoder(tokenizer).lead.expand(nsamples, -1), first[:, None]], 1)  # (nsamples, lead + 1)
-    return _written(model, begin, _LIKELIEST, ordinary, seqlen, seed, at_once)
+    return Beginnings(begin[:, :seqlen], seqlen, _LIKELIEST, seed)
 
 
-def continue_samples(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    given: CalibrationSet,
-    nsamples: int,
-    seed: int,
-    at_once: int = AT_ONCE,
-) -> Tensor:
-    """Return (nsamples, tokens) int64 token ids as wide as those of `given`.
+def pieces(tokenizer: PreTrainedTokenizerBase, given: CalibrationSet, nsamples: int, seed: int) -> Beginnings:
+    """The beginnings of STRETCHES texts for each of `nsamples` samples: pieces of the same given sample.
 
-    A sample is a few stretches of text, each going on from a piece of the same given sample; all of these are used
-    equally often, and from where a piece is taken is drawn. Else as `sample_tokens`.
+    All given samples are used equally often; from where a piece is taken is drawn. `joined` makes samples of the texts.
     """
     lead = Encoder(tokenizer).lead
     count, seqlen = given.tokens.shape
@@ -73,26 +80,56 @@ def continue_samples(
         first = min(len(lead), lengths[row] - width)  # a given sample begins with the lead itself
         at = int(torch.randint(first, lengths[row] - width + 1, (1,), generator=generator))
         begin.append(torch.cat([lead, given.tokens[row, at : at + width]]))
-    written = _written(model, torch.stack(begin), 0, _ordinary(tokenizer), stretch, seed, at_once)
-    return written.reshape(nsamples, -1)[:, :seqlen]
+    return Beginnings(torch.stack(begin)[:, :stretch], stretch, 0, seed)
 
 
-def _written(
-    model: nn.Module, begin: Tensor, likeliest: int, ordinary: list[int], seqlen: int, seed: int, at_once: int
+def joined(texts: Tensor, seqlen: int) -> Tensor:
+    """Samples (texts / STRETCHES, seqlen) of the texts that began with `pieces`."""
+    return texts.reshape(len(texts) // STRETCHES, -1)[:, :seqlen]
+
+
+def at_a_time(length: int, at_once: int = AT_ONCE) -> int:
+    """How many texts of `length` tokens are written one beside the other."""
+    return max(1, at_once // length)
+
+
+def write(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    begin: Beginnings,
+    known: Tensor | None = None,
+    told: Told = lambda done, total, finished: None,
+    at_once: int = AT_ONCE,
 ) -> Tensor:
-    """(samples, seqlen) int64: the tokens of `begin` (samples, few) and what the model makes of them."""
+    """Return (texts, length) int64 token ids on the CPU, the same for the same beginnings and machine.
+
+    known: (some, length), the first of these texts as `told` had them from an earlier call, not written once more.
+    told: hears of every token, see `Told`. at_once: tokens written together; another number gives other draws.
+    Special tokens are never drawn: a text that has ended would fill its sample with the end. Raises CalibrationError
+    when the model's output is not finite.
+    """
     device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    begin = begin[:, :seqlen]
+    ordinary = _ordinary(tokenizer)
+    count, few = begin.tokens.shape
     # Allocated outside inference mode: tokens made inside could not be used in training.
-    tokens = torch.empty(len(begin), seqlen, dtype=torch.int64)
-    training = model.training
-    batch_size = max(1, at_once // seqlen)
+    tokens = torch.empty(count, begin.length, dtype=torch.int64)
+    done = 0 if known is None else len(known)
+    if known is not None:
+        tokens[:done] = known
+    training, batch, places = model.training, at_a_time(begin.length, at_once), begin.length - few
+    total = math.ceil(count / batch) * places
     model.eval()
     try:
-        for at in range(0, len(begin), batch_size):
-            rows = slice(at, at + batch_size)
-            _continue(model, begin[rows].to(device), tokens[rows], likeliest, ordinary, generator)
+        for at in range(done, count, batch):
+            rows, before = slice(at, at + batch), at // batch * places
+            # Each batch draws by itself, so that it is the same when those before it are known.
+            generator = torch.Generator(device).manual_seed(begin.seed + at // batch)
+
+            def place(number: int, before: int = before, finished: int = at) -> None:
+                told(before + number, total, tokens[:finished])
+
+            _continue(model, begin.tokens[rows].to(device), tokens[rows], begin.likeliest, ordinary, generator, place)
+            told(before + places, total, tokens[: rows.stop])
     finally:
         model.train(training)
     return tokens
@@ -110,9 +147,15 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 @torch.inference_mode()
 def _continue(
-    model: nn.Module, begin: Tensor, tokens: Tensor, likeliest: int, ordinary: list[int], generator: torch.Generator
+    model: nn.Module,
+    begin: Tensor,
+    tokens: Tensor,
+    likeliest: int,
+    ordinary: list[int],
+    generator: torch.Generator,
+    told: Callable[[int], None],
 ) -> None:
-    """Fill tokens (batch, seqlen) with `begin` (batch, few) and what the model makes of it."""
+    """Fill tokens (batch, length) with `begin` (batch, few) and what the model makes of it. told: the tokens so far."""
     filled = begin.shape[1]
     tokens[:, :filled] = begin.to(tokens.device)
     allowed: Tensor | None = None
@@ -137,3 +180,4 @@ def _continue(
             logits = logits.softmax(-1) / noise
         current = logits.argmax(-1, keepdim=True)  # (batch, 1)
         tokens[:, place] = current[:, 0].to(tokens.device)
+        told(place + 1 - filled)

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping
 
 from auto_round.calibrate.divergence import SHARE
-from auto_round.calibrate.selftext import AT_ONCE, PIECE, STRETCHES
+from auto_round.calibrate.selftext import at_a_time
 from auto_round.pipeline.finishing import CHECKS, HELD
 from auto_round.pipeline.gate import SENTENCE_TOKENS, Checked
 from auto_round.pipeline.job import Prepared
-from auto_round.pipeline.needs import Sizes, all_sizes
+from auto_round.pipeline.needs import Sizes, all_sizes, own_texts
 from auto_round.pipeline.timing import ATTENTION_SHARE, Rates
 from auto_round.spec.recipe import Recipe
 
@@ -39,8 +39,8 @@ def seconds(
     steps += _judging(prepared, rates, samples, seqlen)
     # Every weight is read to be examined, then with its block.
     reading = weights * rates.examined + source * (rates.source + rates.read)
-    if prepared.job.recipe.self_nsamples:
-        found["writing"] = _writing(prepared, rates, seqlen)
+    if writing := sum(_writing(prepared, rates, *texts) for texts in own_texts(prepared.job, seqlen)):
+        found["writing"] = writing
     if prepared.job.recipe.finish_iters:
         found["finishing"] = _finishing(prepared, rates, samples, seqlen, weights)
     return {"passes": passes + reading, "starts": starts, "steps": steps, "keeping": keeping, **found}
@@ -86,13 +86,10 @@ def _judging(prepared: Prepared, rates: Rates, samples: int, seqlen: int) -> flo
     return head * seqlen * rates.forward * (3 * SHARE * recipe.iters * per_step + 2 * LOSSES * held)
 
 
-def _writing(prepared: Prepared, rates: Rates, seqlen: int) -> float:
-    """The model's own samples: every token through all weights, which are read once for those written together."""
+def _writing(prepared: Prepared, rates: Rates, texts: int, written: int, length: int) -> float:
+    """The model's own texts: every token through all weights, which are read once for those written together."""
     parameters: int = sum(p.numel() for p in prepared.skeleton.model.parameters())
-    places = math.ceil(seqlen / STRETCHES)  # written one after the other, but for those of the piece
-    stretches = prepared.job.recipe.self_nsamples * STRETCHES
-    rounds = math.ceil(stretches / max(1, AT_ONCE // places))
-    return (1 - PIECE) * places * parameters * (stretches * rates.forward + rounds * rates.lone)
+    return written * parameters * (texts * rates.forward + math.ceil(texts / at_a_time(length)) * rates.lone)
 
 
 def _finishing(prepared: Prepared, rates: Rates, samples: int, seqlen: int, weights: int) -> float:

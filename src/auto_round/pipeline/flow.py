@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from auto_round.calibrate.dataset import CalibrationSet, Sampler, build_calibration
 from auto_round.calibrate.pairs import from_pairs, is_pairs
-from auto_round.calibrate.selftext import continue_samples, sample_tokens
 from auto_round.errors import SourceError, SpecError
 from auto_round.formats.base import Format
 from auto_round.pipeline.finishing import finish
@@ -27,12 +25,13 @@ from auto_round.pipeline.preparing import prepare
 from auto_round.pipeline.publishing import check_space, publish, published
 from auto_round.pipeline.runner import Runner
 from auto_round.pipeline.signature import signature
+from auto_round.pipeline.writing import check, continued, sampled
 from auto_round.report.forecast import Forecast
 from auto_round.report.record import RunReport
-from auto_round.runtime.device import compute_dtype, release_cached
+from auto_round.runtime.device import compute_dtype
 from auto_round.runtime.events import Listener
 from auto_round.runtime.journal import Journal
-from auto_round.runtime.workspace import Workspace, check_free
+from auto_round.runtime.workspace import WRITTEN, Workspace, check_free
 from auto_round.source.foreign import foreign
 from auto_round.source.opening import Source, processor_of
 
@@ -50,7 +49,7 @@ def make_ready(job: Job, formats: Sequence[Format], scratch: Path, listener: Lis
     calibration = None
     if job.recipe.iters or job.recipe.start != "plain" or job.recipe.finish_iters:
         inspect(prepared, listener)
-        calibration = calibrate(prepared, listener)
+        calibration = calibrate(prepared, scratch / WRITTEN, listener)
     return Ready(prepared, calibration, signature(prepared, calibration))
 
 
@@ -129,18 +128,20 @@ def foresee(job: Job, saving: Saving, target: Path) -> Forecast:
         return forecast(prepared, saving, target, sample_tokens_of(prepared), time.perf_counter() - begin)
 
 
-def calibrate(prepared: Prepared, listener: Listener) -> CalibrationSet:
-    """Build the samples to tune on; raise CalibrationError, or SpecError when they do not fit the model."""
+def calibrate(prepared: Prepared, written: Path, listener: Listener) -> CalibrationSet:
+    """Build the samples to tune on; raise CalibrationError, or SpecError when they do not fit the model.
+
+    written: folder for what the model writes itself.
+    """
     job, source = prepared.job, prepared.source
     recipe = job.recipe
+    check(prepared)
     seqlen = sample_tokens_of(prepared)
     if seqlen < recipe.seqlen:
         listener.warn(f"samples are cut to {seqlen} tokens, the longest this model takes (seqlen was {recipe.seqlen})")
 
     def sampler(count: int, length: int, seed: int) -> Tensor:
-        return _by_model(
-            prepared, count, length, listener, lambda m: sample_tokens(m, source.tokenizer, count, length, seed)
-        )
+        return sampled(prepared, count, length, seed, written, listener)
 
     if is_pairs(job.dataset):
         processor = job.processor or processor_of(source.folder, trust_remote_code=job.trust_remote_code)
@@ -154,7 +155,7 @@ def calibrate(prepared: Prepared, listener: Listener) -> CalibrationSet:
     if largest >= vocabulary:
         raise SpecError(f"calibration holds token id {largest}, but the model's vocabulary ends at {vocabulary - 1}")
     if recipe.self_nsamples:
-        calibration = _continued(prepared, calibration, listener)
+        calibration = continued(prepared, calibration, written, listener)
     samples, length = calibration.tokens.shape
     listener.note(f"calibration: {samples} samples of {length} tokens from {calibration.source}")
     return calibration
@@ -171,32 +172,3 @@ def _from_text(job: Job, source: Source, seqlen: int, listener: Listener, sample
             listener=listener,
             sampler=sampler,
         )
-
-
-def _continued(prepared: Prepared, given: CalibrationSet, listener: Listener) -> CalibrationSet:
-    """`given` with the recipe's `self_nsamples` behind those of the blocks."""
-    recipe, tokenizer = prepared.job.recipe, prepared.source.tokenizer
-    if given.beside:
-        raise SpecError("self_nsamples goes with text: the model cannot go on from image-text pairs by itself")
-    if tokenizer is None:
-        raise SpecError("self_nsamples needs a tokenizer, which says what tokens are text; the model has none")
-    blocks, count = given.first(recipe.nsamples), recipe.self_nsamples
-    length = given.tokens.shape[1]
-    own = _by_model(
-        prepared, count, length, listener, lambda m: continue_samples(m, tokenizer, blocks, count, recipe.seed)
-    )
-    return given.inserted(len(blocks.tokens), own, "the model's own")
-
-
-def _by_model(
-    prepared: Prepared, count: int, length: int, listener: Listener, write: Callable[[PreTrainedModel], Tensor]
-) -> Tensor:
-    """What `write` has the original model say: (count, length) token ids. The model is in memory only meanwhile."""
-    job, folder = prepared.job, prepared.source.folder
-    listener.note(f"the model samples {count} texts of {length} tokens itself; it is in memory whole for this")
-    opener = prepared.skeleton.auto_class
-    model = opener.from_pretrained(folder, dtype=job.dtype, trust_remote_code=job.trust_remote_code).to(job.device)
-    tokens = write(model)
-    del model
-    release_cached(job.device)
-    return tokens

@@ -12,7 +12,7 @@ from auto_round.formats.clients import Held, clients
 from auto_round.pipeline.duration import seconds
 from auto_round.pipeline.gate import foreseen
 from auto_round.pipeline.job import Prepared, Saving
-from auto_round.pipeline.needs import budget_bytes, needs, too_much
+from auto_round.pipeline.needs import IN_PLACE, budget_bytes, needs, own_texts, shortage, too_much, writing_bytes
 from auto_round.pipeline.saving import blank_export
 from auto_round.pipeline.timing import measure
 from auto_round.report.forecast import Forecast, ForecastFormat, ForecastLayer
@@ -27,7 +27,10 @@ def forecast(prepared: Prepared, saving: Saving, target: Path, seqlen: int, open
     calibrated = bool(job.recipe.iters or job.recipe.finish_iters) or job.recipe.start != "plain"
     samples = job.recipe.block_samples if calibrated else 0
     wanted = needs(prepared, samples, seqlen)
-    problems = [sentence] if (sentence := too_much(wanted, job)) else []
+    own = own_texts(job, seqlen) if calibrated else []
+    writing = max((writing_bytes(prepared, texts, length) for texts, _, length in own), default=0)
+    short = (too_much(wanted, job), shortage("writing", writing, job, IN_PLACE))
+    problems = [sentence for sentence in short if sentence]
     checked = foreseen(prepared, samples, seqlen) if saving.max_kl is not None else None
     formats = tuple(_format(prepared, saving, output) for output in saving.formats)
     journal, outputs = plan.codes_bytes(), sum(entry.bytes for entry in formats)
@@ -50,7 +53,11 @@ def forecast(prepared: Prepared, saving: Saving, target: Path, seqlen: int, open
         journal_bytes=journal,
         disk_bytes=disk,
         disk_free_bytes=free,
-        memory={**wanted.memory, **({"checking": checked.peak_bytes} if checked else {})},
+        memory={
+            **({"writing": writing} if writing else {}),
+            **wanted.memory,
+            **({"checking": checked.peak_bytes} if checked else {}),
+        },
         device_memory=wanted.device_bytes,
         memory_free_bytes=budget_bytes(job),
         activations="on disk" if wanted.on_disk else "in memory",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from auto_round.calibrate.dataset import sampled_count
 from auto_round.calibrate.divergence import AT_ONCE
+from auto_round.calibrate.selftext import PIECE, STRETCHES, at_a_time
 from auto_round.numerics.compensate import ROWS
 from auto_round.pipeline.job import Job, Prepared
 from auto_round.runtime.memory import available_bytes, resident_bytes
@@ -25,6 +28,8 @@ OVERHEAD = 60_000_000
 ALONE_COPIES = 10
 # float32 tensors of the size of a weight while its compensated start is made: itself, in order, its codes, shifted.
 START_COPIES = 4
+IN_PLACE = "or give text in the place of what the model is to write (dataset, self_nsamples)"
+SAMPLING_COPIES = 5  # float32 tensors of one place's logits while a token is drawn
 LOGIT_COPIES = 5  # float32 tensors of the logits at hand: both models', their logarithms, the difference
 SCALE_BYTES = 20  # of each group while scales learn: multiplier, gradient, two moments, the best so far
 LINEAR_COPIES = 2  # inputs and outputs of Linears in a backward pass: what was saved, and its gradient
@@ -100,15 +105,53 @@ def needs(prepared: Prepared, samples: int, seqlen: int) -> Needs:
 
 def too_much(wanted: Needs, job: Job) -> str | None:
     """A sentence when a run needs more than its budget, else None."""
-    budget = budget_bytes(job)
-    if wanted.peak_bytes <= budget:
-        return None
     stage = max(wanted.memory, key=lambda name: wanted.memory[name])
+    return shortage(stage, wanted.peak_bytes, job, "lower seqlen, or choose the recipe rtn, which needs no activations")
+
+
+def shortage(stage: str, needed: int, job: Job, remedy: str) -> str | None:
+    """A sentence when a stage needs more bytes than the job's budget, else None."""
+    budget = budget_bytes(job)
+    if needed <= budget:
+        return None
     limit = "max_memory allows" if job.max_memory else "this machine has"
     return (
-        f"{stage} needs about {wanted.peak_bytes / 1e9:.2f} GB of memory and {limit} {budget / 1e9:.2f} GB; allow "
-        "more, lower seqlen, or choose the recipe rtn, which needs no activations"
+        f"{stage} needs about {needed / 1e9:.2f} GB of memory and {limit} {budget / 1e9:.2f} GB; allow more, {remedy}"
     )
+
+
+def own_texts(job: Job, seqlen: int) -> list[tuple[int, int, int]]:
+    """(texts, tokens written of each, tokens of each) that the model is to write itself, by what they begin with.
+
+    seqlen: tokens of a sample.
+    """
+    found = []
+    if sampled := sampled_count(job.dataset, job.recipe.given_samples):
+        found.append((sampled, seqlen, seqlen))
+    if own := job.recipe.self_nsamples:
+        stretch = math.ceil(seqlen / STRETCHES)
+        found.append((own * STRETCHES, math.ceil((1 - PIECE) * stretch), stretch))
+    return found
+
+
+def writing_bytes(prepared: Prepared, texts: int, length: int) -> int:
+    """Peak memory while the original writes `texts` of `length` tokens: the whole model and its files, the keys and
+    values of those written together, and their logits."""
+    model, width = prepared.skeleton.model, prepared.job.dtype.itemsize
+    embedding = model.get_input_embeddings().weight
+    vocabulary: int
+    hidden: int
+    vocabulary, hidden = embedding.shape
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 1  # an architecture may have no attention
+    kept = (getattr(config, "num_key_value_heads", None) or heads) * (
+        getattr(config, "head_dim", None) or hidden // heads
+    )
+    rows = min(texts, at_a_time(length))
+    weights: int = sum(p.numel() for p in model.parameters()) * width
+    files = sum(entry.nbytes for entry in prepared.source.checkpoint.entries.values())
+    cache = 2 * len(prepared.blocks) * kept * width * rows * length
+    return resident_bytes() + OVERHEAD + weights + files + cache + SAMPLING_COPIES * 4 * rows * vocabulary
 
 
 def checking_bytes(prepared: Prepared, positions: int) -> int:

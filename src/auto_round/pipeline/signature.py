@@ -24,15 +24,25 @@ def signature(prepared: Prepared, calibration: CalibrationSet | None) -> dict[st
     plan as it is can be written. Nor is the number of threads or the kind of processor, which can move a sum in its
     last bit: a run that goes on elsewhere is as good, though its bytes may not be those of the first machine.
     """
-    job, source = prepared.job, prepared.source
+    job = prepared.job
     layers = {layer.name: layer.scheme.name if layer.scheme else "kept" for layer in prepared.plan.layers}
+    return {
+        **original(prepared),
+        "calibration": None if calibration is None else calibration.source,
+        "calibration sha256": None if calibration is None else calibration.digest,
+        "recipe": {name: value for name, value in asdict(job.recipe).items() if name not in UNDECIDING},
+        "scheme": prepared.plan.scheme.name,
+        "scheme of": layers,
+    }
+
+
+def original(prepared: Prepared) -> dict[str, Any]:
+    """Facts about the model as it was given, and about what runs it here."""
+    job, source = prepared.job, prepared.source
     return {
         "weights sha256": fingerprint(prepared.skeleton.checkpoint),
         "config.json sha256": hash_files([source.folder / "config.json"]),
         "other files sha256": hash_files(source.extra_files),
-        "calibration": None if calibration is None else calibration.source,
-        "calibration sha256": None if calibration is None else calibration.digest,
-        "recipe": {name: value for name, value in asdict(job.recipe).items() if name not in UNDECIDING},
         "compute_dtype": str(job.dtype).removeprefix("torch."),
         "device": job.device.type,
         "versions": {
@@ -40,6 +50,4 @@ def signature(prepared: Prepared, calibration: CalibrationSet | None) -> dict[st
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "scheme": prepared.plan.scheme.name,
-        "scheme of": layers,
     }

@@ -14,6 +14,8 @@ from auto_round.runtime.events import BlockStats
 
 # Two cores have better things to do than to redraw; a step takes longer than this anyway.
 REDRAWS_PER_SECOND = 4
+REDRAW = 1 / REDRAWS_PER_SECOND  # seconds
+QUIET_LINES = 30.0  # seconds between lines where nobody watches
 
 
 def remaining_seconds(finished: list[float], blocks: int, current: float, share: float) -> float | None:
@@ -26,6 +28,29 @@ def remaining_seconds(finished: list[float], blocks: int, current: float, share:
     if finished:
         return max(left * sum(finished) / len(finished) - current, 0.0)
     return current / share * left - current if share > 0 else None
+
+
+class _Pace:
+    """How long equal pieces of work will still take, and when that is worth saying again."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._began, self._first, self._last, self._said = 0.0, 0, 0, 0.0
+
+    def left(self, done: int, total: int) -> float:
+        """Seconds for what is left, `done` pieces being done just now; what was done before the first call is free."""
+        if done < self._last or not self._last:  # another work
+            self._began = self._said = self._clock()
+            self._first = done
+        self._last = done
+        return (self._clock() - self._began) / max(done - self._first, 1) * (total - done)
+
+    def due(self, every: float) -> bool:
+        """True when this was not so for `every` seconds."""
+        if self._clock() - self._said < every:
+            return False
+        self._said = self._clock()
+        return True
 
 
 class LiveListener:
@@ -45,7 +70,7 @@ class LiveListener:
         self._finished: list[float] = []
         self._started = 0.0
         self._peak = 0
-        self._finishing_began = self._finishing_from = 0.0
+        self._pace = _Pace(clock)
         self._bars: Progress | None = None
         self._block_bar = self._step_bar = TaskID(0)
 
@@ -118,15 +143,16 @@ class LiveListener:
         """Show one bar over all steps, or about ten lines where there is no terminal."""
         if self._quiet:
             return
-        if iteration == 0 or not self._finishing_began:
-            self._finishing_began = self._clock()
-            self._finishing_from = iteration
-        done = iteration + 1
-        spent = self._clock() - self._finishing_began
-        left = spent / max(done - self._finishing_from - 1, 1) * (iters - done)
+        left = self._pace.left(iteration + 1, iters)
         if self._console.is_terminal or iteration % max(1, iters // 10) == 0:
-            text = f"finishing: step {done}/{iters}  KL {loss:.3g}  {seconds_text(left)} left"
-            self._console.print(Text(text), soft_wrap=True, end="\r" if self._console.is_terminal else "\n")
+            self._counted(f"finishing: step {iteration + 1}/{iters}  KL {loss:.3g}  {seconds_text(left)} left")
+
+    def writing(self, done: int, total: int) -> None:
+        """Show one line that counts, or a line every half a minute where there is no terminal."""
+        left = self._pace.left(done, total)
+        if self._quiet or not self._pace.due(REDRAW if self._console.is_terminal else QUIET_LINES):
+            return
+        self._counted(f"writing: {done / total:.0%}  {seconds_text(left)} left")
 
     def summary(self, stats: BlockStats) -> str:
         """One line on a finished block: its losses with plain rounding, at the start and at the end, and its time."""
@@ -138,6 +164,9 @@ class LiveListener:
         left = remaining_seconds(self._finished, self._blocks - self._done, self._clock() - self._started, share)
         facts = [] if left is None else [f"{seconds_text(left)} left"]
         return "  ".join(facts + ([f"peak {bytes_text(self._peak)}"] if self._peak else []))
+
+    def _counted(self, text: str) -> None:
+        self._console.print(Text(text), soft_wrap=True, end="\r" if self._console.is_terminal else "\n")
 
     def _line(self, message: str, style: str = "") -> None:
         self._console.print(Text(message, style=style), soft_wrap=True)

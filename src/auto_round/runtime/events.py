@@ -67,6 +67,10 @@ class Listener(Protocol):
         """Learn the training loss of one of `iters` steps in which all scales learn together."""
         ...
 
+    def writing(self, done: int, total: int) -> None:
+        """Learn how many of `total` rounds are done, in each of which the model adds a token to some of its texts."""
+        ...
+
 
 class LogListener:
     """The default outside the command line: one log record per block, on the logger ``auto_round``."""
@@ -105,3 +109,8 @@ class LogListener:
         """Log about ten of the steps."""
         if iteration % max(1, iters // 10) == 0:
             self._log.info("finishing: step %d/%d, KL divergence %.4f", iteration + 1, iters, loss)
+
+    def writing(self, done: int, total: int) -> None:
+        """Log ten of the rounds."""
+        if done * 10 // total > (done - 1) * 10 // total:
+            self._log.info("writing: round %d/%d", done, total)

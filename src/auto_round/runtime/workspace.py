@@ -4,6 +4,7 @@
                  job.json   what the work is for: two jobs never mix in one folder
                  blocks/    the journal, one file for every finished block
                  source/    a loaded model or a GGUF file, unpacked
+                 written/   calibration text that the model wrote itself
                  output/    the output while it is put together; renamed to NAME when it is whole
                  replaced/  a former NAME on its way out
 """
@@ -25,6 +26,7 @@ from typing import Any
 from auto_round.errors import OutputError
 from auto_round.runtime.durable import sync, sync_tree, write_durably
 
+WRITTEN = "written"
 Facts = Mapping[str, Any]
 
 
@@ -68,11 +70,15 @@ class Workspace:
                 + "\n".join(f"  {line}" for line in differences(recorded, plain))
                 + "\nFinish it with its own command, choose another output_dir, or discard it with --overwrite."
             )
-        self.discard()
+        self._discard_codes()
         write_durably(self.folder / "job.json", json.dumps(plain, indent=1).encode())
 
     def discard(self) -> None:
         """Forget the work that is kept here."""
+        self._discard_codes()
+        shutil.rmtree(self.folder / WRITTEN, ignore_errors=True)
+
+    def _discard_codes(self) -> None:
         for leftover in (self.blocks, self.staging, self.folder / "activations"):
             shutil.rmtree(leftover, ignore_errors=True)
         (self.folder / "job.json").unlink(missing_ok=True)
@@ -114,6 +120,7 @@ def work_folder(target: Path) -> Path:
 def workspace(target: Path) -> Iterator[Workspace]:
     """Lock the work folder of `target`, made when it is not there; removed at the end when no work is kept in it.
 
+    Text that the model wrote stays also without a finished block, and then belongs to no job: the next may use it.
     Raises OutputError when another process holds it. A process that dies lets go of its lock, so none can be stale.
     """
     folder = work_folder(target)
@@ -122,8 +129,8 @@ def workspace(target: Path) -> Iterator[Workspace]:
         _restore_replaced(folder, target)
         yield Workspace(folder, target)
     finally:
-        if folder.is_dir() and not any((folder / "blocks").glob("*.safetensors")):
-            shutil.rmtree(folder)
+        if folder.is_dir() and not any(folder.glob("blocks/*.safetensors")):
+            _clear(folder)
         os.close(handle)
 
 
@@ -148,6 +155,18 @@ def _locked(folder: Path) -> int:
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     os.write(handle, f"process {os.getpid()} on {socket.gethostname()} (since {started})".encode())
     return handle
+
+
+def _clear(folder: Path) -> None:
+    """Remove the work folder; when text is kept in it, all but that and the lock."""
+    if not any(folder.glob(f"{WRITTEN}/*.state")):
+        shutil.rmtree(folder)
+        return
+    for item in folder.iterdir():
+        if item.is_dir() and item.name != WRITTEN:
+            shutil.rmtree(item)
+        elif item.is_file() and item.name != "lock":
+            item.unlink()
 
 
 def _restore_replaced(folder: Path, target: Path) -> None:

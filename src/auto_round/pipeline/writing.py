@@ -1,0 +1,91 @@
+"""Calibration text that the original model writes itself; what a killed run has written is not lost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from auto_round.calibrate.dataset import CalibrationSet
+from auto_round.calibrate.pairs import is_pairs
+from auto_round.calibrate.selftext import Beginnings, joined, out_of_nothing, pieces, write
+from auto_round.errors import SpecError
+from auto_round.pipeline.job import Prepared
+from auto_round.pipeline.needs import IN_PLACE, own_texts, shortage, writing_bytes
+from auto_round.pipeline.signature import original
+from auto_round.runtime.device import release_cached
+from auto_round.runtime.events import Listener
+from auto_round.runtime.journal import Journal
+
+
+def check(prepared: Prepared) -> None:
+    """Raise SpecError when the model is to write samples and cannot."""
+    job = prepared.job
+    if job.recipe.self_nsamples and is_pairs(job.dataset):
+        raise SpecError("self_nsamples goes with text: the model cannot go on from image-text pairs by itself")
+    asked = "self_nsamples" if job.recipe.self_nsamples else "the set self"
+    if own_texts(job, prepared.job.recipe.seqlen) and prepared.source.tokenizer is None:
+        raise SpecError(f"{asked} needs a tokenizer, which says what tokens are text; the model has none")
+
+
+def sampled(prepared: Prepared, nsamples: int, seqlen: int, seed: int, folder: Path, listener: Listener) -> Tensor:
+    """(nsamples, seqlen) token ids that the model makes out of nothing. folder: see `_written`."""
+    tokenizer = _tokenizer(prepared)
+    return _written(prepared, out_of_nothing(tokenizer, nsamples, seqlen, seed), folder, listener)
+
+
+def continued(prepared: Prepared, given: CalibrationSet, folder: Path, listener: Listener) -> CalibrationSet:
+    """`given` with the recipe's `self_nsamples` behind those of the blocks. folder: see `_written`."""
+    recipe, blocks = prepared.job.recipe, given.first(prepared.job.recipe.nsamples)
+    begin = pieces(_tokenizer(prepared), blocks, recipe.self_nsamples, recipe.seed)
+    texts = _written(prepared, begin, folder, listener)
+    return given.inserted(len(blocks.tokens), joined(texts, given.tokens.shape[1]), "the model's own")
+
+
+def _written(prepared: Prepared, begin: Beginnings, folder: Path, listener: Listener) -> Tensor:
+    """What the original model makes of `begin`, (texts, length) token ids; it is in memory only meanwhile.
+
+    folder: where finished texts are kept, by all that decides them, so that none is written a second time.
+    Raises SpecError when the memory that was allowed cannot suffice.
+    """
+    job, kept = prepared.job, Journal(folder)
+    title = hashlib.sha256(json.dumps([original(prepared), begin.digest]).encode()).hexdigest()
+    found = kept.kept(title)
+    known = None if found is None else found[0]["tokens"]
+    count, length = len(begin.tokens), begin.length
+    if known is not None:
+        listener.note(f"{len(known)} of {count} texts that the model wrote before are used again")
+        if len(known) == count:
+            return known
+    if sentence := shortage("writing", writing_bytes(prepared, count, length), job, IN_PLACE):
+        if job.max_memory:
+            raise SpecError(sentence)
+        listener.warn(sentence)
+    listener.note(f"the model writes {count} texts of {length} tokens itself; it is in memory whole for this")
+    finished = 0 if known is None else len(known)
+
+    def told(done: int, total: int, texts: Tensor) -> None:
+        nonlocal finished
+        if total:
+            listener.writing(done, total)
+        if len(texts) > finished:
+            finished = len(texts)
+            kept.keep(title, {"tokens": texts}, {})
+
+    opener = prepared.skeleton.auto_class
+    model = opener.from_pretrained(prepared.source.folder, dtype=job.dtype, trust_remote_code=job.trust_remote_code).to(
+        job.device
+    )
+    tokens = write(model, _tokenizer(prepared), begin, known, told)
+    del model
+    release_cached(job.device)
+    return tokens
+
+
+def _tokenizer(prepared: Prepared) -> PreTrainedTokenizerBase:
+    tokenizer = prepared.source.tokenizer
+    assert tokenizer is not None  # see `check`
+    return tokenizer

@@ -1,0 +1,93 @@
+"""Text that the model writes itself: kept when a run is killed, foreseen, and refused before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from auto_round import AutoRound
+from auto_round.errors import SpecError
+from auto_round.runtime.events import LogListener
+from tests.conftest import tiny_llama, tiny_tokenizer
+
+
+class Stopped(LogListener):
+    """Stops a run in the round `stop` of writing, or when tuning begins."""
+
+    def __init__(self, stop: int = 0) -> None:
+        super().__init__()
+        self.stop, self.rounds = stop, list[int]()
+        self.totals = set[int]()
+
+    def writing(self, done: int, total: int) -> None:
+        self.rounds.append(done)
+        self.totals.add(total)
+        if done == self.stop:
+            raise KeyboardInterrupt
+
+    def begin(self, blocks: int, iters: int, done: int = 0) -> None:
+        raise KeyboardInterrupt
+
+
+def write(model: Path, output: Path, stop: int = 0, **changes: Any) -> Stopped:
+    """Write 2400 texts of 8 tokens, of which 2048 are written together, and stop."""
+    listener = Stopped(stop)
+    rows = torch.randint(5, 60, (8, 32), generator=torch.Generator().manual_seed(0))
+    settings = {"dataset": rows, "nsamples": 8, "self_nsamples": 600, "seqlen": 32, "group_size": 32, **changes}
+    run = AutoRound(
+        model, tiny_tokenizer(), device="cpu", compute_dtype="float32", iters=2, listener=listener, **settings
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run.quantize_and_save(output)
+    return listener
+
+
+def kept(output: Path) -> torch.Tensor:
+    (file,) = output.with_name(f".{output.name}.auto-round").glob("written/*")
+    return load_file(file)["tokens"]
+
+
+def test_a_killed_run_keeps_the_texts_that_are_finished(llama_folder: Path, tmp_path: Path) -> None:
+    whole = write(llama_folder, tmp_path / "whole")
+    (total,) = whole.totals
+    assert sorted(set(whole.rounds)) == list(range(1, total + 1))
+    write(llama_folder, tmp_path / "out", stop=total - 1)
+    goes_on = write(llama_folder, tmp_path / "out")
+    assert min(goes_on.rounds) == total // 2 + 1
+    assert kept(tmp_path / "out").shape == (2400, 8)
+    assert kept(tmp_path / "out").equal(kept(tmp_path / "whole"))
+    assert write(llama_folder, tmp_path / "out", bits=2).rounds == []  # nothing of the scheme decides the texts
+    assert write(llama_folder, tmp_path / "out", seed=7).rounds
+
+
+def test_nothing_stays_of_a_run_that_is_done(llama_folder: Path, tmp_path: Path) -> None:
+    settings = {"nsamples": 8, "seqlen": 32, "iters": 1, "group_size": 32}
+    run = AutoRound(llama_folder, tiny_tokenizer(), dataset="self", device="cpu", compute_dtype="float32", **settings)
+    report = run.quantize_and_save(tmp_path / "out")
+    assert report.calibration is not None
+    assert report.calibration["source"] == "self (sampled by the model)"
+    assert [item.name for item in tmp_path.iterdir()] == ["out"]
+
+
+def test_memory_that_cannot_hold_the_whole_model_is_refused(llama_folder: Path, tmp_path: Path) -> None:
+    run = AutoRound(
+        llama_folder, tiny_tokenizer(), dataset="self", device="cpu", group_size=32, max_memory="10MB", seqlen=32
+    )
+    with pytest.raises(SpecError, match=r"writing needs about .* GB .*give text in the place"):
+        run.quantize_and_save(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    forecast = run.plan(tmp_path / "out")
+    assert forecast.memory["writing"] > 10**7
+    assert any("writing needs" in problem for problem in forecast.problems)
+
+
+@pytest.mark.parametrize(("asked", "name"), [({"dataset": "self"}, "the set self"), ({"self_nsamples": 2}, "self_ns")])
+def test_a_model_without_a_tokenizer_cannot_write(tmp_path: Path, asked: dict[str, Any], name: str) -> None:
+    tiny_llama().save_pretrained(tmp_path / "plain")
+    with pytest.raises(SpecError, match=f"{name}.* needs a tokenizer"):
+        AutoRound(tmp_path / "plain", device="cpu", group_size=32, **asked).quantize_and_save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
