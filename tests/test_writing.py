@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from auto_round import AutoRound
-from auto_round.errors import SpecError
+from auto_round.errors import OutputError, SpecError
 from auto_round.runtime.events import LogListener
 from tests.conftest import tiny_llama, tiny_tokenizer
 
@@ -54,7 +55,7 @@ def kept(output: Path) -> torch.Tensor:
 def test_a_killed_run_keeps_the_texts_that_are_finished(llama_folder: Path, tmp_path: Path) -> None:
     whole = write(llama_folder, tmp_path / "whole")
     (total,) = whole.totals
-    assert sorted(set(whole.rounds)) == list(range(1, total + 1))
+    assert whole.rounds == list(range(1, total + 1))
     write(llama_folder, tmp_path / "out", stop=total - 1)
     goes_on = write(llama_folder, tmp_path / "out")
     assert min(goes_on.rounds) == total // 2 + 1
@@ -91,3 +92,48 @@ def test_a_model_without_a_tokenizer_cannot_write(tmp_path: Path, asked: dict[st
     with pytest.raises(SpecError, match=f"{name}.* needs a tokenizer"):
         AutoRound(tmp_path / "plain", device="cpu", group_size=32, **asked).quantize_and_save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_another_jobs_work_is_refused_before_anything_is_written(llama_folder: Path, tmp_path: Path) -> None:
+    listener = Stopped()
+    settings = {"nsamples": 8, "seqlen": 32, "group_size": 32, "iters": 1, "device": "cpu", "compute_dtype": "float32"}
+    texts = ["the quick brown fox. " * 8] * 8
+    AutoRound(llama_folder, tiny_tokenizer(), dataset=texts, **settings).quantize_and_save(tmp_path / "done")
+    for bits, folder in ((2, "done"), (4, "other")):
+        (tmp_path / ".other.auto-round" / "blocks").mkdir(parents=True, exist_ok=True)
+        (tmp_path / ".other.auto-round" / "job.json").write_text('{"scheme": "W8A16"}')
+        run = AutoRound(llama_folder, tiny_tokenizer(), dataset="self", bits=bits, listener=listener, **settings)
+        with pytest.raises(OutputError, match=r"is not empty|scheme: W8A16 there, W4A16G32 here"):
+            run.quantize_and_save(tmp_path / folder)
+    assert listener.rounds == []
+
+
+def test_a_full_disk_is_not_the_tokenizers_fault(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("auto_round.runtime.journal.write_durably", full)
+    run = AutoRound(llama_folder, tiny_tokenizer(), dataset="self", nsamples=4, seqlen=16, group_size=32, device="cpu")
+    with pytest.raises(OutputError, match=r"written: the disk is full\. What is done is kept"):
+        run.quantize_and_save(tmp_path / "out")
+
+
+def test_memory_for_tuning_is_looked_at_before_anything_is_written(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listener = Stopped()
+    monkeypatch.setattr("auto_round.pipeline.writing.writing_bytes", lambda *_: (0, 0))
+    run = AutoRound(
+        llama_folder,
+        tiny_tokenizer(),
+        dataset="self",
+        group_size=32,
+        device="cpu",
+        max_memory="10MB",
+        listener=listener,
+    )
+    with pytest.raises(SpecError, match=r"needs about .* GB .*lower seqlen"):
+        run.quantize_and_save(tmp_path / "out")
+    assert listener.rounds == []

@@ -28,7 +28,7 @@ from auto_round.pipeline import (
 from auto_round.report.forecast import Forecast
 from auto_round.report.record import RunReport
 from auto_round.runtime.device import compute_dtype, resolve_device
-from auto_round.runtime.durable import disk_errors
+from auto_round.runtime.durable import GO_ON, disk_errors
 from auto_round.runtime.events import Listener, LogListener
 from auto_round.runtime.journal import Journal
 from auto_round.runtime.workspace import check_free, check_output, workspace
@@ -229,9 +229,6 @@ class AutoRound:
             check_free(target, overwrite=False)
         with disk_errors(target, GO_ON), workspace(target) as work:
             return run(self._job, saving, work, self._listener)
-
-
-GO_ON = "What is done is kept; when that is solved, the same command goes on from there."
 
 
 def _saving(format: str | Sequence[str], max_shard_size: str | int, overwrite: bool, max_kl: float | None) -> Saving:

@@ -28,7 +28,7 @@ def sample_tokens(
     seed: int,
     at_once: int = AT_ONCE,
 ) -> Tensor:
-    return write(model, tokenizer, out_of_nothing(tokenizer, nsamples, seqlen, seed), at_once=at_once)
+    return write(model, out_of_nothing(tokenizer, nsamples, seqlen, seed), at_once=at_once)
 
 
 def continue_samples(
@@ -39,7 +39,7 @@ def continue_samples(
     seed: int,
     at_once: int = AT_ONCE,
 ) -> Tensor:
-    texts = write(model, tokenizer, pieces(tokenizer, given, nsamples, seed), at_once=at_once)
+    texts = write(model, pieces(tokenizer, given, nsamples, seed), at_once=at_once)
     return joined(texts, given.tokens.shape[1])
 
 
@@ -222,10 +222,10 @@ def test_what_is_told_is_every_round_and_the_texts_that_are_finished(model: Llam
     tokenizer = words(bos=True)
     heard: list[tuple[int, int, Tensor]] = []
     begin = out_of_nothing(tokenizer, 5, 9, seed=2)
-    texts = write(model, tokenizer, begin, told=lambda *facts: heard.append(facts), at_once=20)
-    assert sorted({done for done, _, _ in heard}) == list(range(1, 22))  # 7 tokens behind 2, three times
+    texts = write(model, begin, told=lambda *facts: heard.append(facts), at_once=20)
+    assert [done for done, _, _ in heard] == list(range(1, 22))  # 7 tokens behind 2, three times
     assert {total for _, total, _ in heard} == {21}
-    assert [len(finished) for _, _, finished in heard if len(finished)][:2] == [2, 2]
+    assert [len(finished) for _, _, finished in heard] == [0] * 6 + [2] * 7 + [4] * 7 + [5]
     assert all(finished.equal(texts[: len(finished)]) for _, _, finished in heard)
 
 
@@ -233,28 +233,30 @@ def test_what_is_told_is_every_round_and_the_texts_that_are_finished(model: Llam
 def test_texts_that_are_known_are_not_written_again(model: LlamaForCausalLM, words: Words, known: int) -> None:
     tokenizer = words(bos=True)
     begin = out_of_nothing(tokenizer, 5, 9, seed=2)
-    texts = write(model, tokenizer, begin, at_once=20)
+    texts = write(model, begin, at_once=20)
     rounds: list[int] = []
-    again = write(model, tokenizer, begin, texts[:known], lambda done, total, _: rounds.append(done), at_once=20)
+    again = write(model, begin, texts[:known], lambda done, total, _: rounds.append(done), at_once=20)
     assert again.equal(texts)
     assert min(rounds, default=22) == {2: 8, 4: 15, 5: 22}[known]
 
 
-def test_texts_written_in_turn_differ(lopsided: LlamaForCausalLM, words: Words) -> None:
+def test_texts_written_in_turn_differ(lopsided: LlamaForCausalLM) -> None:
     """Equal beginnings, one text at a time: each draws for itself."""
-    begin = Beginnings(torch.ones(4, 1, dtype=torch.int64), 40, 0, seed=0)
-    texts = write(lopsided, words(bos=True), begin, at_once=40)
+    begin = Beginnings(torch.ones(4, 1, dtype=torch.int64), 40, 0, torch.arange(3, 1010), seed=0)
+    texts = write(lopsided, begin, at_once=40)
     assert len({tuple(text) for text in texts.tolist()}) == 4
 
 
 def test_the_digest_tells_all_that_decides_the_texts() -> None:
-    begin = Beginnings(torch.arange(6).reshape(2, 3), 9, 0, 1)
+    tokens, ordinary = torch.arange(6).reshape(2, 3), torch.arange(3, 9)
+    begin = Beginnings(tokens, 9, 0, ordinary, 1)
     others = (
-        Beginnings(torch.arange(6).reshape(3, 2), 9, 0, 1),
-        Beginnings(torch.arange(1, 7).reshape(2, 3), 9, 0, 1),
-        Beginnings(begin.tokens, 8, 0, 1),
-        Beginnings(begin.tokens, 9, 4, 1),
-        Beginnings(begin.tokens, 9, 0, 2),
+        Beginnings(tokens.reshape(3, 2), 9, 0, ordinary, 1),
+        Beginnings(tokens + 1, 9, 0, ordinary, 1),
+        Beginnings(tokens, 8, 0, ordinary, 1),
+        Beginnings(tokens, 9, 4, ordinary, 1),
+        Beginnings(tokens, 9, 0, ordinary[1:], 1),
+        Beginnings(tokens, 9, 0, ordinary, 2),
     )
-    assert Beginnings(begin.tokens.clone(), 9, 0, 1).digest == begin.digest
-    assert len({begin.digest, *(other.digest for other in others)}) == 6
+    assert Beginnings(tokens.clone(), 9, 0, ordinary.clone(), 1).digest == begin.digest
+    assert len({begin.digest, *(other.digest for other in others)}) == 7

@@ -27,7 +27,8 @@ STRETCHES = 4  # texts in a sample where they go on from given ones; short ones 
 PIECE = 0.25  # share of such a text that is given
 _LIKELIEST = 4
 
-# (tokens done, tokens in all, of texts written one beside the other; (texts, length) that are finished) -> nothing
+# (rounds done, rounds in all, the texts (some, length) that are finished) -> nothing; a round adds one token to each of
+# the texts that are written together.
 Told = Callable[[int, int, Tensor], None]
 
 
@@ -36,12 +37,14 @@ class Beginnings:
     """What texts begin with, before the model goes on.
 
     tokens: (texts, few) int64. length: tokens of a whole text. likeliest: so many tokens behind the beginning are the
-    likeliest ones, not drawn. seed: of the draws.
+    likeliest ones, not drawn. ordinary: (tokens,) int64, those that may come; special ones are not text, and one that
+    has ended would fill its sample with the end. seed: of the draws.
     """
 
     tokens: Tensor
     length: int
     likeliest: int
+    ordinary: Tensor
     seed: int
 
     @property
@@ -49,18 +52,20 @@ class Beginnings:
         """SHA-256 of all of it and of how many are written at once, as hexadecimal digits: what decides the texts."""
         facts = (self.tokens.shape, self.length, self.likeliest, self.seed, AT_ONCE)
         digest = hashlib.sha256(repr(facts).encode())
-        digest.update(self.tokens.contiguous().numpy().astype("<i8").tobytes())
+        for values in (self.tokens, self.ordinary):
+            digest.update(values.contiguous().numpy().astype("<i8").tobytes())
         return digest.hexdigest()
 
 
 def out_of_nothing(tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int) -> Beginnings:
     """The beginnings of `nsamples` texts of `seqlen` tokens. Raises CalibrationError when there is no token to use."""
-    starts = sorted(set(_ordinary(tokenizer)) - set(tokenizer.added_tokens_decoder))
+    ordinary = _ordinary(tokenizer)
+    starts = sorted(set(ordinary) - set(tokenizer.added_tokens_decoder))
     if not starts:
         raise CalibrationError("the tokenizer has no ordinary tokens that text could start with")
     first = torch.tensor(starts)[torch.randint(len(starts), (nsamples,), generator=torch.Generator().manual_seed(seed))]
     begin = torch.cat([Encoder(tokenizer).lead.expand(nsamples, -1), first[:, None]], 1)  # (nsamples, lead + 1)
-    return Beginnings(begin[:, :seqlen], seqlen, _LIKELIEST, seed)
+    return Beginnings(begin[:, :seqlen], seqlen, _LIKELIEST, torch.tensor(ordinary), seed)
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, given: CalibrationSet, nsamples: int, seed: int) -> Beginnings:
@@ -80,7 +85,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, given: CalibrationSet, nsamples: 
         first = min(len(lead), lengths[row] - width)  # a given sample begins with the lead itself
         at = int(torch.randint(first, lengths[row] - width + 1, (1,), generator=generator))
         begin.append(torch.cat([lead, given.tokens[row, at : at + width]]))
-    return Beginnings(torch.stack(begin)[:, :stretch], stretch, 0, seed)
+    return Beginnings(torch.stack(begin)[:, :stretch], stretch, 0, torch.tensor(_ordinary(tokenizer)), seed)
 
 
 def joined(texts: Tensor, seqlen: int) -> Tensor:
@@ -95,7 +100,6 @@ def at_a_time(length: int, at_once: int = AT_ONCE) -> int:
 
 def write(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
     begin: Beginnings,
     known: Tensor | None = None,
     told: Told = lambda done, total, finished: None,
@@ -104,32 +108,30 @@ def write(
     """Return (texts, length) int64 token ids on the CPU, the same for the same beginnings and machine.
 
     known: (some, length), the first of these texts as `told` had them from an earlier call, not written once more.
-    told: hears of every token, see `Told`. at_once: tokens written together; another number gives other draws.
-    Special tokens are never drawn: a text that has ended would fill its sample with the end. Raises CalibrationError
-    when the model's output is not finite.
+    told: hears of every round, see `Told`. at_once: tokens written together; another number gives other draws.
+    Raises CalibrationError when the model's output is not finite.
     """
     device = next(model.parameters()).device
-    ordinary = _ordinary(tokenizer)
     count, few = begin.tokens.shape
     # Allocated outside inference mode: tokens made inside could not be used in training.
     tokens = torch.empty(count, begin.length, dtype=torch.int64)
-    done = 0 if known is None else len(known)
+    start = 0
     if known is not None:
-        tokens[:done] = known
+        start = len(known)
+        tokens[:start] = known
     training, batch, places = model.training, at_a_time(begin.length, at_once), begin.length - few
     total = math.ceil(count / batch) * places
     model.eval()
     try:
-        for at in range(done, count, batch):
-            rows, before = slice(at, at + batch), at // batch * places
+        for at in range(start, count, batch):
+            number, rows = at // batch, slice(at, at + batch)
+
+            def place(done: int, number: int = number, rows: slice = rows) -> None:
+                told(number * places + done, total, tokens[: rows.stop if done == places else rows.start])
+
             # Each batch draws by itself, so that it is the same when those before it are known.
-            generator = torch.Generator(device).manual_seed(begin.seed + at // batch)
-
-            def place(number: int, before: int = before, finished: int = at) -> None:
-                told(before + number, total, tokens[:finished])
-
-            _continue(model, begin.tokens[rows].to(device), tokens[rows], begin.likeliest, ordinary, generator, place)
-            told(before + places, total, tokens[: rows.stop])
+            generator = torch.Generator(device).manual_seed(begin.seed + number)
+            _continue(model, begin, rows, tokens[rows], generator, place)
     finally:
         model.train(training)
     return tokens
@@ -148,18 +150,20 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 @torch.inference_mode()
 def _continue(
     model: nn.Module,
-    begin: Tensor,
+    begin: Beginnings,
+    rows: slice,
     tokens: Tensor,
-    likeliest: int,
-    ordinary: list[int],
     generator: torch.Generator,
     told: Callable[[int], None],
 ) -> None:
-    """Fill tokens (batch, length) with `begin` (batch, few) and what the model makes of it. told: the tokens so far."""
-    filled = begin.shape[1]
-    tokens[:, :filled] = begin.to(tokens.device)
+    """Fill tokens (batch, length) with the `rows` of the beginnings and what the model makes of them.
+
+    told: hears how many tokens of each text are written.
+    """
+    filled = begin.tokens.shape[1]
+    tokens[:, :filled] = begin.tokens[rows]
     allowed: Tensor | None = None
-    current, cache = begin, None
+    current, cache = begin.tokens[rows].to(generator.device), None
     known = inspect.signature(model.forward).parameters
     name = "cache" if "cache" in known else "past_key_values"  # as it is called before transformers 5.23
     # Logits of a whole beginning can take more memory than the model.
@@ -171,9 +175,9 @@ def _continue(
             raise CalibrationError("the model's output is not finite; text cannot be sampled from it")
         if allowed is None:
             allowed = torch.full_like(logits[0], -torch.inf)  # (vocabulary,)
-            allowed[torch.tensor(ordinary, device=logits.device)] = 0
+            allowed[begin.ordinary.to(logits.device)] = 0
         logits = logits + allowed
-        if place >= filled + likeliest:
+        if place >= filled + begin.likeliest:
             # The largest of probability / Exp(1) noise is a draw from the probabilities; unlike a running sum over
             # the vocabulary it is the same on every run on an accelerator.
             noise = torch.empty_like(logits).exponential_(generator=generator)

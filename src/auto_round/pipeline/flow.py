@@ -22,7 +22,7 @@ from auto_round.pipeline.job import Job, Prepared, Quantised, Ready, Saving
 from auto_round.pipeline.needs import needs, too_much
 from auto_round.pipeline.planning import tell_plan
 from auto_round.pipeline.preparing import prepare
-from auto_round.pipeline.publishing import check_space, publish, published
+from auto_round.pipeline.publishing import check_others, check_space, publish, published
 from auto_round.pipeline.runner import Runner
 from auto_round.pipeline.signature import signature
 from auto_round.pipeline.writing import check, continued, sampled
@@ -42,15 +42,21 @@ def make_ready(job: Job, formats: Sequence[Format], scratch: Path, listener: Lis
     formats: those the result is meant for; a layer that one of them cannot hold is kept. scratch: where a model that is
     not a folder of safetensors is unpacked. Raises AutoRoundError of the right kind for whatever can be seen by now.
     """
+    return _calibrated(_opened(job, formats, scratch, listener), scratch, listener)
+
+
+def _opened(job: Job, formats: Sequence[Format], scratch: Path, listener: Listener) -> Prepared:
     torch.manual_seed(job.recipe.seed)  # some models draw in their forward; nothing of ours reads the global generator
     prepared = prepare(job, formats, scratch)
     tell_plan(prepared.plan, prepared.skeleton, listener)
-    # Plain round-to-nearest needs no activations at all.
-    calibration = None
-    if job.recipe.iters or job.recipe.start != "plain" or job.recipe.finish_iters:
+    if job.recipe.calibrated:
         inspect(prepared, listener)
-        calibration = calibrate(prepared, scratch / WRITTEN, listener)
-    return Ready(prepared, calibration, signature(prepared, calibration))
+    return prepared
+
+
+def _calibrated(prepared: Prepared, scratch: Path, listener: Listener) -> Ready:
+    data = calibrate(prepared, scratch / WRITTEN, listener) if prepared.job.recipe.calibrated else None
+    return Ready(prepared, data, signature(prepared, data))
 
 
 def quantise(ready: Ready, journal: Journal, scratch: Path, listener: Listener) -> Quantised:
@@ -84,7 +90,10 @@ def run(job: Job, saving: Saving, work: Workspace, listener: Listener) -> RunRep
 
     Raises OutputError when the target or the workspace holds another job's work that may not be overwritten.
     """
-    ready = make_ready(_as_recorded(job, work), saving.formats, work.folder, listener)
+    prepared = _opened(_as_recorded(job, work), saving.formats, work.folder, listener)
+    check_others(prepared, saving, work)
+    check_space(prepared, saving, work)
+    ready = _calibrated(prepared, work.folder, listener)
     done = None if saving.overwrite else published(work.target, ready, saving.formats)
     if done is not None:
         listener.note("nothing to do: this very job has been done already")
@@ -92,7 +101,7 @@ def run(job: Job, saving: Saving, work: Workspace, listener: Listener) -> RunRep
         return done
     check_free(work.target, overwrite=saving.overwrite)
     work.claim(ready.facts, overwrite=saving.overwrite)
-    check_space(ready, saving, work)
+    check_space(prepared, saving, work)  # once more, now that the work of another job is gone
     journal = Journal(work.blocks)
     try:
         return publish(quantise(ready, journal, work.folder, listener), saving, work, listener)

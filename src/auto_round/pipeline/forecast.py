@@ -15,6 +15,7 @@ from auto_round.pipeline.job import Prepared, Saving
 from auto_round.pipeline.needs import IN_PLACE, budget_bytes, needs, own_texts, shortage, too_much, writing_bytes
 from auto_round.pipeline.saving import blank_export
 from auto_round.pipeline.timing import measure
+from auto_round.pipeline.writing import check
 from auto_round.report.forecast import Forecast, ForecastFormat, ForecastLayer
 from auto_round.spec.fusions import broken_fusions
 from auto_round.spec.plan import LayerPlan
@@ -24,11 +25,14 @@ def forecast(prepared: Prepared, saving: Saving, target: Path, seqlen: int, open
     """Foresee a run into `target`. seqlen: tokens of a sample as the model takes them. opening: seconds it took to open
     and plan the model. Nothing is written but a trial of the disk, and few weights are read."""
     job, plan = prepared.job, prepared.plan
-    calibrated = bool(job.recipe.iters or job.recipe.finish_iters) or job.recipe.start != "plain"
+    calibrated = job.recipe.calibrated
+    if calibrated:
+        check(prepared)
     samples = job.recipe.block_samples if calibrated else 0
     wanted = needs(prepared, samples, seqlen)
     own = own_texts(job, seqlen) if calibrated else []
-    writing = max((writing_bytes(prepared, texts, length) for texts, _, length in own), default=0)
+    wants = [(0, 0), *(writing_bytes(prepared, texts, length) for texts, _, length in own)]
+    writing, on_device = max(host for host, _ in wants), max(device for _, device in wants)
     short = (too_much(wanted, job), shortage("writing", writing, job, IN_PLACE))
     problems = [sentence for sentence in short if sentence]
     checked = foreseen(prepared, samples, seqlen) if saving.max_kl is not None else None
@@ -58,7 +62,7 @@ def forecast(prepared: Prepared, saving: Saving, target: Path, seqlen: int, open
             **wanted.memory,
             **({"checking": checked.peak_bytes} if checked else {}),
         },
-        device_memory=wanted.device_bytes,
+        device_memory=None if wanted.device_bytes is None else max(wanted.device_bytes, on_device),
         memory_free_bytes=budget_bytes(job),
         activations="on disk" if wanted.on_disk else "in memory",
         samples_per_forward=wanted.samples_per_forward,

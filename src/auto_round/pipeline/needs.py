@@ -134,9 +134,11 @@ def own_texts(job: Job, seqlen: int) -> list[tuple[int, int, int]]:
     return found
 
 
-def writing_bytes(prepared: Prepared, texts: int, length: int) -> int:
-    """Peak memory while the original writes `texts` of `length` tokens: the whole model and its files, the keys and
-    values of those written together, and their logits."""
+def writing_bytes(prepared: Prepared, texts: int, length: int) -> tuple[int, int]:
+    """Peak memory of (the host, the accelerator, 0 when there is none) while the original writes `texts` of `length`
+    tokens: the whole model; beside it first the files that are cast, then keys and values of those written together and
+    their logits.
+    """
     model, width = prepared.skeleton.model, prepared.job.dtype.itemsize
     embedding = model.get_input_embeddings().weight
     vocabulary: int
@@ -149,9 +151,11 @@ def writing_bytes(prepared: Prepared, texts: int, length: int) -> int:
     )
     rows = min(texts, at_a_time(length))
     weights: int = sum(p.numel() for p in model.parameters()) * width
-    files = sum(entry.nbytes for entry in prepared.source.checkpoint.entries.values())
-    cache = 2 * len(prepared.blocks) * kept * width * rows * length
-    return resident_bytes() + OVERHEAD + weights + files + cache + SAMPLING_COPIES * 4 * rows * vocabulary
+    entries = prepared.skeleton.checkpoint.entries.values()
+    cast = sum(entry.nbytes for entry in entries if DTYPES.get(entry.dtype) != prepared.job.dtype)
+    working = 2 * len(prepared.blocks) * kept * width * rows * length + SAMPLING_COPIES * 4 * rows * vocabulary
+    host = resident_bytes() + OVERHEAD + weights
+    return (host + max(cast, working), 0) if prepared.job.device.type == "cpu" else (host + cast, weights + working)
 
 
 def checking_bytes(prepared: Prepared, positions: int) -> int:

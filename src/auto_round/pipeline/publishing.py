@@ -16,12 +16,13 @@ from auto_round.errors import FormatError, OutputError
 from auto_round.formats.base import Format
 from auto_round.pipeline.finishing import FINISHED
 from auto_round.pipeline.gate import Verdict, check, judge
-from auto_round.pipeline.job import Quantised, Ready, Saving
+from auto_round.pipeline.job import Prepared, Quantised, Ready, Saving
 from auto_round.pipeline.saving import blank_export, save
+from auto_round.pipeline.signature import UNDECIDING, signature
 from auto_round.report.record import KeptLayer, RunReport, SavedFolder
 from auto_round.runtime.device import peak_device_bytes, peak_resident_bytes
 from auto_round.runtime.events import Listener
-from auto_round.runtime.workspace import Workspace
+from auto_round.runtime.workspace import Workspace, check_free
 
 RECORD = "auto_round.json"
 SPARE = 64_000_000  # bytes beside weights and journal: tokenizer files, configs, a file system's own needs
@@ -79,11 +80,31 @@ def published(target: Path, ready: Ready, formats: Sequence[Format]) -> RunRepor
     return None
 
 
-def check_space(ready: Ready, saving: Saving, work: Workspace) -> None:
+def check_others(prepared: Prepared, saving: Saving, work: Workspace) -> None:
+    """Raise OutputError when the workspace or the target surely holds another job's work that may not be overwritten.
+
+    Whatever the calibration set is: hours may go into writing that. `claim` and `published` know for sure.
+    """
+    if saving.overwrite:
+        return
+    known = signature(prepared, None)
+    work.check({name: value for name, value in known.items() if not name.startswith("calibration")})
+    for file in _records(work.target):
+        try:
+            report = RunReport.from_json(file.read_text(encoding="utf-8"))
+        except (FormatError, ValueError):
+            continue
+        recipe = {name: value for name, value in report.recipe.items() if name not in UNDECIDING}
+        made_by = {"recipe": recipe, "scheme": report.scheme, "compute_dtype": report.compute_dtype}
+        if made_by != {name: known[name] for name in made_by}:
+            check_free(work.target, overwrite=False)
+
+
+def check_space(prepared: Prepared, saving: Saving, work: Workspace) -> None:
     """Raise OutputError when journal and outputs will not fit the disk; what an earlier start wrote counts as there."""
-    kept = 2 if ready.prepared.job.recipe.finish_iters else 1  # with the scales of the blocks, and with the last
-    needed = SPARE + kept * ready.prepared.plan.codes_bytes() - _bytes_in(work.blocks)
-    export = blank_export(ready.prepared)
+    kept = 2 if prepared.job.recipe.finish_iters else 1  # with the scales of the blocks, and with the last
+    needed = SPARE + kept * prepared.plan.codes_bytes() - _bytes_in(work.blocks)
+    export = blank_export(prepared)
     needed += sum(sum(output.sizes(export, saving.largest_shard).values()) for output in saving.formats)
     free = shutil.disk_usage(work.folder).free + _bytes_in(work.staging)
     if needed > free:

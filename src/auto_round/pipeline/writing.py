@@ -14,9 +14,10 @@ from auto_round.calibrate.pairs import is_pairs
 from auto_round.calibrate.selftext import Beginnings, joined, out_of_nothing, pieces, write
 from auto_round.errors import SpecError
 from auto_round.pipeline.job import Prepared
-from auto_round.pipeline.needs import IN_PLACE, own_texts, shortage, writing_bytes
+from auto_round.pipeline.needs import IN_PLACE, needs, own_texts, shortage, too_much, writing_bytes
 from auto_round.pipeline.signature import original
 from auto_round.runtime.device import release_cached
+from auto_round.runtime.durable import GO_ON, disk_errors
 from auto_round.runtime.events import Listener
 from auto_round.runtime.journal import Journal
 
@@ -34,25 +35,31 @@ def check(prepared: Prepared) -> None:
 def sampled(prepared: Prepared, nsamples: int, seqlen: int, seed: int, folder: Path, listener: Listener) -> Tensor:
     """(nsamples, seqlen) token ids that the model makes out of nothing. folder: see `_written`."""
     tokenizer = _tokenizer(prepared)
-    return _written(prepared, out_of_nothing(tokenizer, nsamples, seqlen, seed), folder, listener)
+    return _written(prepared, out_of_nothing(tokenizer, nsamples, seqlen, seed), seqlen, folder, listener)
 
 
 def continued(prepared: Prepared, given: CalibrationSet, folder: Path, listener: Listener) -> CalibrationSet:
     """`given` with the recipe's `self_nsamples` behind those of the blocks. folder: see `_written`."""
     recipe, blocks = prepared.job.recipe, given.first(prepared.job.recipe.nsamples)
     begin = pieces(_tokenizer(prepared), blocks, recipe.self_nsamples, recipe.seed)
-    texts = _written(prepared, begin, folder, listener)
-    return given.inserted(len(blocks.tokens), joined(texts, given.tokens.shape[1]), "the model's own")
+    seqlen = given.tokens.shape[1]
+    texts = _written(prepared, begin, seqlen, folder, listener)
+    return given.inserted(len(blocks.tokens), joined(texts, seqlen), "the model's own")
 
 
-def _written(prepared: Prepared, begin: Beginnings, folder: Path, listener: Listener) -> Tensor:
+def _written(prepared: Prepared, begin: Beginnings, seqlen: int, folder: Path, listener: Listener) -> Tensor:
     """What the original model makes of `begin`, (texts, length) token ids; it is in memory only meanwhile.
 
-    folder: where finished texts are kept, by all that decides them, so that none is written a second time.
-    Raises SpecError when the memory that was allowed cannot suffice.
+    seqlen: of the samples they are for. folder: where finished texts are kept, by all that decides them, so that none
+    is written a second time. Raises SpecError when the memory that was allowed can suffice neither here nor later.
     """
-    job, kept = prepared.job, Journal(folder)
-    title = hashlib.sha256(json.dumps([original(prepared), begin.digest]).encode()).hexdigest()
+    job = prepared.job
+    with disk_errors(folder, GO_ON):
+        kept = Journal(folder)
+    facts = original(prepared)
+    if job.dtype_measured:  # another start may find another one faster; texts of either are the model's own
+        facts |= {"compute_dtype": "measured"}
+    title = hashlib.sha256(json.dumps([facts, begin.digest]).encode()).hexdigest()
     found = kept.kept(title)
     known = None if found is None else found[0]["tokens"]
     count, length = len(begin.tokens), begin.length
@@ -60,29 +67,39 @@ def _written(prepared: Prepared, begin: Beginnings, folder: Path, listener: List
         listener.note(f"{len(known)} of {count} texts that the model wrote before are used again")
         if len(known) == count:
             return known
-    if sentence := shortage("writing", writing_bytes(prepared, count, length), job, IN_PLACE):
-        if job.max_memory:
-            raise SpecError(sentence)
-        listener.warn(sentence)
+    _check_memory(prepared, count, length, seqlen, listener)
     listener.note(f"the model writes {count} texts of {length} tokens itself; it is in memory whole for this")
     finished = 0 if known is None else len(known)
 
     def told(done: int, total: int, texts: Tensor) -> None:
         nonlocal finished
-        if total:
-            listener.writing(done, total)
+        listener.writing(done, total)
         if len(texts) > finished:
             finished = len(texts)
-            kept.keep(title, {"tokens": texts}, {})
+            with disk_errors(folder, GO_ON):
+                kept.keep(title, {"tokens": texts}, {})
 
     opener = prepared.skeleton.auto_class
     model = opener.from_pretrained(prepared.source.folder, dtype=job.dtype, trust_remote_code=job.trust_remote_code).to(
         job.device
     )
-    tokens = write(model, _tokenizer(prepared), begin, known, told)
+    tokens = write(model, begin, known, told)
     del model
     release_cached(job.device)
     return tokens
+
+
+def _check_memory(prepared: Prepared, texts: int, length: int, seqlen: int, listener: Listener) -> None:
+    """Refuse what `max_memory` cannot hold while the model writes, or afterwards; hours of writing lie between."""
+    job = prepared.job
+    host, _ = writing_bytes(prepared, texts, length)
+    if sentence := shortage("writing", host, job, IN_PLACE):
+        if job.max_memory:
+            raise SpecError(sentence)
+        listener.warn(sentence)
+    later = too_much(needs(prepared, job.recipe.block_samples, seqlen), job)
+    if later and job.max_memory:
+        raise SpecError(later)
 
 
 def _tokenizer(prepared: Prepared) -> PreTrainedTokenizerBase:

@@ -35,13 +35,14 @@ class _Pace:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._began, self._first, self._last, self._said = 0.0, 0, 0, 0.0
+        self._work, self._began, self._said = ("", 0), 0.0, 0.0
+        self._first = self._last = 0
 
-    def left(self, done: int, total: int) -> float:
+    def left(self, work: str, done: int, total: int) -> float:
         """Seconds for what is left, `done` pieces being done just now; what was done before the first call is free."""
-        if done < self._last or not self._last:  # another work
+        if self._work != (work, total) or done < self._last:
+            self._work, self._first = (work, total), done
             self._began = self._said = self._clock()
-            self._first = done
         self._last = done
         return (self._clock() - self._began) / max(done - self._first, 1) * (total - done)
 
@@ -71,6 +72,7 @@ class LiveListener:
         self._started = 0.0
         self._peak = 0
         self._pace = _Pace(clock)
+        self._replaced = 0  # characters of a line that the next one replaces
         self._bars: Progress | None = None
         self._block_bar = self._step_bar = TaskID(0)
 
@@ -143,16 +145,17 @@ class LiveListener:
         """Show one bar over all steps, or about ten lines where there is no terminal."""
         if self._quiet:
             return
-        left = self._pace.left(iteration + 1, iters)
+        left = self._pace.left("finishing", iteration + 1, iters)
         if self._console.is_terminal or iteration % max(1, iters // 10) == 0:
-            self._counted(f"finishing: step {iteration + 1}/{iters}  KL {loss:.3g}  {seconds_text(left)} left")
+            text = f"finishing: step {iteration + 1}/{iters}  KL {loss:.3g}  {seconds_text(left)} left"
+            self._counted(text, last=iteration + 1 == iters)
 
     def writing(self, done: int, total: int) -> None:
         """Show one line that counts, or a line every half a minute where there is no terminal."""
-        left = self._pace.left(done, total)
-        if self._quiet or not self._pace.due(REDRAW if self._console.is_terminal else QUIET_LINES):
+        left = self._pace.left("writing", done, total)
+        if self._quiet or not (done == total or self._pace.due(REDRAW if self._console.is_terminal else QUIET_LINES)):
             return
-        self._counted(f"writing: {done / total:.0%}  {seconds_text(left)} left")
+        self._counted(f"writing: {done / total:.0%}  {seconds_text(left)} left", last=done == total)
 
     def summary(self, stats: BlockStats) -> str:
         """One line on a finished block: its losses with plain rounding, at the start and at the end, and its time."""
@@ -165,8 +168,12 @@ class LiveListener:
         facts = [] if left is None else [f"{seconds_text(left)} left"]
         return "  ".join(facts + ([f"peak {bytes_text(self._peak)}"] if self._peak else []))
 
-    def _counted(self, text: str) -> None:
-        self._console.print(Text(text), soft_wrap=True, end="\r" if self._console.is_terminal else "\n")
+    def _counted(self, text: str, *, last: bool) -> None:
+        """One line that the next one replaces, where there is a terminal."""
+        replaced = self._console.is_terminal and not last
+        self._console.print(Text(text.ljust(self._replaced)), soft_wrap=True, end="\r" if replaced else "\n")
+        self._replaced = len(text) if replaced else 0
 
     def _line(self, message: str, style: str = "") -> None:
-        self._console.print(Text(message, style=style), soft_wrap=True)
+        self._console.print(Text(message.ljust(self._replaced), style=style), soft_wrap=True)
+        self._replaced = 0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from auto_round.errors import OutputError
 
+GO_ON = "What is done is kept; when that is solved, the same command goes on from there."
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 

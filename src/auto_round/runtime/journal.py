@@ -1,4 +1,5 @@
-"""Finished blocks on disk: one safetensors file each, whole or not there, with a checksum of what is in it.
+"""Finished blocks, and the state of unfinished work, on disk: a safetensors file each, whole or not there, with a
+checksum of what is in it.
 
 Tensors of a layer: ``<name>.codes`` int32 (out, ceil(in*bits/32)), the packed codes; ``<name>.scales`` float16
 (out, groups); ``<name>.zeros`` uint8 (out, groups) in asymmetric schemes; of a layer in GGUF

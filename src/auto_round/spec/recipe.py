@@ -109,6 +109,11 @@ class Recipe:
         return self.finish_lr if self.finish_lr is not None else 2.0 ** -(6 + bits)
 
     @property
+    def calibrated(self) -> bool:
+        """True when calibration text is needed: plain rounding to nearest looks at no activations."""
+        return bool(self.iters or self.finish_iters) or self.start != "plain"
+
+    @property
     def given_samples(self) -> int:
         """How many samples of the user's text the whole run takes."""
         return self.finish_nsamples if self.finish_iters and self.finish_nsamples else self.nsamples
