@@ -22,7 +22,7 @@ from auto_round.pipeline.job import Job, Prepared, Quantised, Ready, Saving
 from auto_round.pipeline.needs import needs, too_much
 from auto_round.pipeline.planning import tell_plan
 from auto_round.pipeline.preparing import prepare
-from auto_round.pipeline.publishing import check_others, check_space, publish, published
+from auto_round.pipeline.publishing import check_others, check_space, publish, published, was_published
 from auto_round.pipeline.runner import Runner
 from auto_round.pipeline.signature import signature
 from auto_round.pipeline.writing import check, continued, sampled
@@ -92,7 +92,8 @@ def run(job: Job, saving: Saving, work: Workspace, listener: Listener) -> RunRep
     """
     prepared = _opened(_as_recorded(job, work), saving.formats, work.folder, listener)
     check_others(prepared, saving, work)
-    check_space(prepared, saving, work)
+    if not was_published(work.target):  # where this very job is done, nothing more is needed
+        check_space(prepared, saving, work)
     ready = _calibrated(prepared, work.folder, listener)
     done = None if saving.overwrite else published(work.target, ready, saving.formats)
     if done is not None:

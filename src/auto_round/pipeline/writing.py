@@ -51,7 +51,7 @@ def _written(prepared: Prepared, begin: Beginnings, seqlen: int, folder: Path, l
     """What the original model makes of `begin`, (texts, length) token ids; it is in memory only meanwhile.
 
     seqlen: of the samples they are for. folder: where finished texts are kept, by all that decides them, so that none
-    is written a second time. Raises SpecError when the memory that was allowed can suffice neither here nor later.
+    is written a second time. Raises SpecError when the memory that was allowed cannot suffice, here or for tuning.
     """
     job = prepared.job
     with disk_errors(folder, GO_ON):
