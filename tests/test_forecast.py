@@ -59,7 +59,7 @@ def test_samples_that_the_model_writes_take_time_of_their_own(llama_folder: Path
     assert 0 < more.seconds["writing"] < most.seconds["writing"]
     assert "writing" not in plain.memory
     assert 0 < more.memory["writing"] < most.memory["writing"]
-    (sampled,) = (AutoRound(llama_folder, **{**killing.SETTINGS, "dataset": "self"}).plan(tmp_path / "out"),)
+    sampled = AutoRound(llama_folder, **{**killing.SETTINGS, "dataset": "self"}).plan(tmp_path / "out")
     assert sampled.seconds["writing"] > 0
 
 

@@ -19,7 +19,7 @@ from auto_round.pipeline.finishing import finish
 from auto_round.pipeline.forecast import forecast
 from auto_round.pipeline.inspection import inspect
 from auto_round.pipeline.job import Job, Prepared, Quantised, Ready, Saving
-from auto_round.pipeline.needs import needs, too_much
+from auto_round.pipeline.needs import heed, needs, too_much
 from auto_round.pipeline.planning import tell_plan
 from auto_round.pipeline.preparing import prepare
 from auto_round.pipeline.publishing import check_others, check_space, publish, published, was_published
@@ -71,10 +71,7 @@ def quantise(ready: Ready, journal: Journal, scratch: Path, listener: Listener) 
         (len(data.first(job.recipe.block_samples).tokens), data.tokens.shape[1]) if data is not None else (0, 0)
     )
     wanted = needs(ready.prepared, samples, seqlen)
-    if sentence := too_much(wanted, job):
-        if job.max_memory:
-            raise SpecError(sentence)
-        listener.warn(sentence)
+    heed(too_much(wanted, job), job, listener)
     if wanted.on_disk or wanted.samples_per_forward < job.recipe.batch_size:
         place = "on disk" if wanted.on_disk else "in memory"
         listener.note(f"activations are kept {place}, {wanted.samples_per_forward} samples go through a block at once")

@@ -6,17 +6,21 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedModel
 
+import auto_round
 from auto_round.calibrate.dataset import CalibrationSet, Dataset
 from auto_round.formats.base import Format
 from auto_round.qtensor import QuantTensor
 from auto_round.runtime.events import BlockStats
 from auto_round.runtime.journal import Journal
+from auto_round.source.fingerprint import fingerprint, hash_files
 from auto_round.source.opening import Source
 from auto_round.source.skeleton import Skeleton
 from auto_round.spec.plan import Plan, Rule
@@ -79,6 +83,22 @@ class Prepared:
     plan: Plan
     blocks: tuple[str, ...]
     stored_names: Mapping[str, str]
+
+    @cached_property
+    def original(self) -> Mapping[str, Any]:
+        """Facts, as JSON values, about the model as it was given, and about what runs it here."""
+        return {
+            "weights sha256": fingerprint(self.skeleton.checkpoint),
+            "config.json sha256": hash_files([self.source.folder / "config.json"]),
+            "other files sha256": hash_files(self.source.extra_files),
+            "compute_dtype": str(self.job.dtype).removeprefix("torch."),
+            "device": self.job.device.type,
+            "versions": {
+                "auto_round": auto_round.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
 
     @property
     def outside(self) -> list[str]:

@@ -12,8 +12,10 @@ from torch import nn
 from auto_round.calibrate.dataset import sampled_count
 from auto_round.calibrate.divergence import AT_ONCE
 from auto_round.calibrate.selftext import PIECE, STRETCHES, at_a_time
+from auto_round.errors import SpecError
 from auto_round.numerics.compensate import ROWS
 from auto_round.pipeline.job import Job, Prepared
+from auto_round.runtime.events import Listener
 from auto_round.runtime.memory import available_bytes, resident_bytes
 from auto_round.source.checkpoint import DTYPES
 from auto_round.tune.alone import ELEMENTS
@@ -118,6 +120,14 @@ def shortage(stage: str, needed: int, job: Job, remedy: str) -> str | None:
     return (
         f"{stage} needs about {needed / 1e9:.2f} GB of memory and {limit} {budget / 1e9:.2f} GB; allow more, {remedy}"
     )
+
+
+def heed(sentence: str | None, job: Job, listener: Listener) -> None:
+    """Raise SpecError with a `shortage` of what was allowed; warn of one of what the machine has."""
+    if sentence and job.max_memory:
+        raise SpecError(sentence)
+    if sentence:
+        listener.warn(sentence)
 
 
 def own_texts(job: Job, seqlen: int) -> list[tuple[int, int, int]]:

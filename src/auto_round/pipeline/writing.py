@@ -14,8 +14,7 @@ from auto_round.calibrate.pairs import is_pairs
 from auto_round.calibrate.selftext import Beginnings, joined, out_of_nothing, pieces, write
 from auto_round.errors import SpecError
 from auto_round.pipeline.job import Prepared
-from auto_round.pipeline.needs import IN_PLACE, needs, own_texts, shortage, too_much, writing_bytes
-from auto_round.pipeline.signature import original
+from auto_round.pipeline.needs import IN_PLACE, heed, needs, own_texts, shortage, too_much, writing_bytes
 from auto_round.runtime.device import release_cached
 from auto_round.runtime.durable import GO_ON, disk_errors
 from auto_round.runtime.events import Listener
@@ -28,7 +27,7 @@ def check(prepared: Prepared) -> None:
     if job.recipe.self_nsamples and is_pairs(job.dataset):
         raise SpecError("self_nsamples goes with text: the model cannot go on from image-text pairs by itself")
     asked = "self_nsamples" if job.recipe.self_nsamples else "the set self"
-    if own_texts(job, prepared.job.recipe.seqlen) and prepared.source.tokenizer is None:
+    if own_texts(job, job.recipe.seqlen) and prepared.source.tokenizer is None:
         raise SpecError(f"{asked} needs a tokenizer, which says what tokens are text; the model has none")
 
 
@@ -56,9 +55,8 @@ def _written(prepared: Prepared, begin: Beginnings, seqlen: int, folder: Path, l
     job = prepared.job
     with disk_errors(folder, GO_ON):
         kept = Journal(folder)
-    facts = original(prepared)
-    if job.dtype_measured:  # another start may find another one faster; texts of either are the model's own
-        facts |= {"compute_dtype": "measured"}
+    # Where it is measured, another start may find another dtype faster; texts of either are the model's own.
+    facts = {**prepared.original, **({"compute_dtype": "measured"} if job.dtype_measured else {})}
     title = hashlib.sha256(json.dumps([facts, begin.digest]).encode()).hexdigest()
     found = kept.kept(title)
     known = None if found is None else found[0]["tokens"]
@@ -93,10 +91,7 @@ def _check_memory(prepared: Prepared, texts: int, length: int, seqlen: int, list
     """Refuse what `max_memory` cannot hold while the model writes, or afterwards; hours of writing lie between."""
     job = prepared.job
     host, _ = writing_bytes(prepared, texts, length)
-    if sentence := shortage("writing", host, job, IN_PLACE):
-        if job.max_memory:
-            raise SpecError(sentence)
-        listener.warn(sentence)
+    heed(shortage("writing", host, job, IN_PLACE), job, listener)
     later = too_much(needs(prepared, job.recipe.block_samples, seqlen), job)
     if later and job.max_memory:
         raise SpecError(later)
