@@ -16,17 +16,27 @@ from auto_round.runtime.events import LogListener
 from tests.conftest import tiny_llama, tiny_tokenizer
 
 
-class Stopped(LogListener):
-    """Stops a run in the round `stop` of writing, or when tuning begins."""
+class Listening(LogListener):
+    """Keeps what it hears of writing."""
 
-    def __init__(self, stop: int = 0) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.stop, self.rounds = stop, list[int]()
-        self.totals = set[int]()
+        self.rounds, self.totals = list[int](), set[int]()
 
     def writing(self, done: int, total: int) -> None:
         self.rounds.append(done)
         self.totals.add(total)
+
+
+class Stopped(Listening):
+    """Stops a run in the round `stop` of writing, or when tuning begins."""
+
+    def __init__(self, stop: int = 0) -> None:
+        super().__init__()
+        self.stop = stop
+
+    def writing(self, done: int, total: int) -> None:
+        super().writing(done, total)
         if done == self.stop:
             raise KeyboardInterrupt
 
@@ -71,7 +81,23 @@ def test_nothing_stays_of_a_run_that_is_done(llama_folder: Path, tmp_path: Path)
     report = run.quantize_and_save(tmp_path / "out")
     assert report.calibration is not None
     assert report.calibration["source"] == "self (sampled by the model)"
+    assert report.calibration["tokens"] == 8 * 32
     assert [item.name for item in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_done_is_not_written_again(llama_folder: Path, tmp_path: Path) -> None:
+    listener, rows = Listening(), torch.randint(5, 60, (4, 16), generator=torch.Generator().manual_seed(0))
+    settings = {"nsamples": 4, "seqlen": 16, "iters": 1, "group_size": 32, "device": "cpu", "compute_dtype": "float32"}
+    for dataset, own in (("self", 0), (rows, 2), ("self", 2)):
+        run = AutoRound(
+            llama_folder, tiny_tokenizer(), dataset=dataset, self_nsamples=own, listener=listener, **settings
+        )
+        first = run.quantize_and_save(tmp_path / "out", overwrite=True)
+        rounds = len(listener.rounds)
+        assert rounds
+        assert run.quantize_and_save(tmp_path / "out").signature == first.signature
+        assert len(listener.rounds) == rounds
+        listener.rounds.clear()
 
 
 def test_memory_that_cannot_hold_the_whole_model_is_refused(llama_folder: Path, tmp_path: Path) -> None:
@@ -102,6 +128,7 @@ def test_another_jobs_work_is_refused_before_anything_is_written(llama_folder: P
     for bits, folder in ((2, "done"), (4, "other")):
         (tmp_path / ".other.auto-round" / "blocks").mkdir(parents=True, exist_ok=True)
         (tmp_path / ".other.auto-round" / "job.json").write_text('{"scheme": "W8A16"}')
+        (tmp_path / ".other.auto-round" / "blocks" / "block-00000.safetensors").write_bytes(b"")
         run = AutoRound(llama_folder, tiny_tokenizer(), dataset="self", bits=bits, listener=listener, **settings)
         with pytest.raises(OutputError, match=r"is not empty|scheme: W8A16 there, W4A16G32 here"):
             run.quantize_and_save(tmp_path / folder)

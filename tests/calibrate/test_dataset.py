@@ -100,18 +100,19 @@ def test_the_template_of_one_set_leaves_the_other_alone(build: Build, folder: Pa
     assert first[2][1] >= 210
 
 
-def test_self_is_what_the_sampler_gives(build: Build) -> None:
-    def sampler(nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
-        return torch.full((nsamples, seqlen), 10 + seed, dtype=torch.int32)
-
-    built = build("self", sampler=sampler)
-    assert built.tokens.tolist() == [[13] * 16] * 4
-    assert built.tokens.dtype == torch.int64
-    assert built.source.startswith("self")
-    with pytest.raises(CalibrationError, match=r"needs a model to sample from"):
-        build("self")
+def test_samples_of_self_are_blank_until_they_are_written(build: Build, folder: Path) -> None:
+    assert build("self").blank.all()
+    assert build("self").source.startswith("self")
+    mixed = build("c.jsonl,self:num=3", nsamples=7)
+    assert mixed.blank.sum() == 3
+    assert not mixed.blank[:4].logical_not().all()  # mixed, so that held-out samples come from both
+    texts = torch.arange(48).reshape(3, 16)
+    filled = mixed.filled(texts)
+    assert filled.mask.all()
+    assert filled.tokens[mixed.blank].equal(texts)
+    assert filled.tokens[~mixed.blank].equal(mixed.tokens[~mixed.blank])
     with pytest.raises(CalibrationError, match=r"self takes no option but num=; got self:concat=True"):
-        build("self:concat", sampler=sampler)
+        build("self:concat")
 
 
 def test_a_list_of_texts(build: Build) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -23,8 +23,6 @@ from auto_round.runtime.events import Listener
 # Text in the mini-language, texts, or token ids: one sample a row.
 # Mappings are image-text pairs, see `auto_round.calibrate.pairs`.
 Dataset = str | Sequence[str] | Sequence[Sequence[int]] | Sequence[Tensor] | Sequence[Mapping[str, Any]] | Tensor
-# (nsamples, seqlen, seed) -> (nsamples, seqlen) token ids that the model samples itself.
-Sampler = Callable[[int, int, int], Tensor]
 
 # A tokenizer that does not know more of the text than this is not made for it.
 _UNKNOWN_SHARE = 0.2
@@ -34,9 +32,9 @@ _UNKNOWN_SHARE = 0.2
 class CalibrationSet:
     """Samples to tune on.
 
-    tokens: (nsamples, seqlen) int64, padded on the right. mask: (nsamples, seqlen) bool, True where a token is real.
-    source: what was really used, for people. beside: for every sample the model's other inputs (pixels), as for a batch
-    of one; empty for text.
+    tokens: (nsamples, seqlen) int64, padded on the right. mask: (nsamples, seqlen) bool, True where a token is real; a
+    sample without any is blank, and the model has yet to write it. source: what was really used, for people. beside:
+    for every sample the model's other inputs (pixels), as for a batch of one; empty for text.
     """
 
     tokens: Tensor
@@ -53,6 +51,17 @@ class CalibrationSet:
     def first(self, count: int) -> CalibrationSet:
         """The first `count` samples."""
         return replace(self, tokens=self.tokens[:count], mask=self.mask[:count], beside=self.beside[:count])
+
+    @property
+    def blank(self) -> Tensor:
+        """(nsamples,) bool, True for the samples that the model has yet to write."""
+        return ~self.mask.any(1)
+
+    def filled(self, texts: Tensor) -> CalibrationSet:
+        """With `texts`, (blank samples, seqlen) token ids, in the place of the blank samples."""
+        tokens, blank = self.tokens.clone(), self.blank
+        tokens[blank] = texts
+        return replace(self, tokens=tokens, mask=self.mask | blank[:, None])
 
     def inserted(self, at: int, tokens: Tensor, source: str) -> CalibrationSet:
         """With more samples of text, `tokens` as wide as these, before the sample `at`."""
@@ -101,13 +110,12 @@ def build_calibration(
     seqlen: int,
     seed: int,
     listener: Listener,
-    sampler: Sampler | None = None,
 ) -> CalibrationSet:
     """Return `nsamples` samples of `seqlen` tokens; the same arguments give the same set.
 
     dataset: the mini-language of `auto_round.calibrate.spec`, a list of texts, or token ids in rows. Rows of token ids
     are taken in order, cut to `seqlen` and padded to the longest; text is drawn in an order that `seed` gives.
-    tokenizer: the model's; None is enough for token ids. sampler: makes the set "self".
+    tokenizer: the model's; None is enough for token ids. Samples of the set "self" are blank.
     Raises CalibrationError when the set is not there, empty, too small or outside the vocabulary.
     """
     if not isinstance(dataset, (str, Tensor, list, tuple)):
@@ -120,10 +128,10 @@ def build_calibration(
         raise CalibrationError("the dataset is empty")
     wanted = Draw(nsamples, seqlen, str(seed), None)
     if isinstance(dataset, str):
-        built = _from_specs(parse_dataset(dataset), tokenizer, wanted, seed, listener, sampler)
+        built = _from_specs(parse_dataset(dataset), tokenizer, wanted, listener)
     elif isinstance(dataset[0], str):
         corpus = Corpus(_texts(dataset), f"a list of {len(dataset)} texts")
-        built = _full(draw(corpus, Encoder(_needed(tokenizer)), wanted, listener), corpus.title)
+        built = CalibrationSet(*_full(draw(corpus, Encoder(_needed(tokenizer)), wanted, listener)), corpus.title)
     else:
         built = _from_ids(dataset, tokenizer, wanted, listener)
     _check_vocabulary(built, tokenizer)
@@ -135,9 +143,7 @@ def _from_specs(
     specs: tuple[DatasetSpec, ...],
     tokenizer: PreTrainedTokenizerBase | None,
     wanted: Draw,
-    seed: int,
     listener: Listener,
-    sampler: Sampler | None,
 ) -> CalibrationSet:
     pieces, titles = [], []
     shares = _shares(specs, wanted.count)
@@ -145,7 +151,9 @@ def _from_specs(
         listener.note(f"num= asks for {sum(shares)} samples in all: that many are used, not nsamples={wanted.count}")
     for index, (spec, count) in enumerate(zip(specs, shares, strict=True)):
         if spec.name == SELF:
-            rows, title = _sampled(spec, sampler, count, wanted.seqlen, seed), "self (sampled by the model)"
+            if spec.splits or spec.concat is not None or spec.apply_chat_template:
+                raise CalibrationError(f"the set self takes no option but num=; got {spec}")
+            built, title = _blank(count, wanted.seqlen), "self (sampled by the model)"
         else:
             usable = _needed(tokenizer)
             corpus = load(spec, count * wanted.seqlen, listener)
@@ -153,16 +161,16 @@ def _from_specs(
             # Two sets out of one file do not draw the same documents in the same order.
             order = wanted.seed if index == 0 else f"{wanted.seed}/{index}"
             rows = draw(corpus, encoder, replace(wanted, count=count, seed=order, concat=spec.concat), listener)
-            title = corpus.title
-        pieces.append(rows)
+            built, title = _full(rows), corpus.title
+        pieces.append(built)
         titles.append(title if len(specs) == 1 else f"{count} x {title}")
-    tokens = torch.cat(pieces)
+    tokens, mask = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     if len(specs) > 1:
         # Samples held out at either end must come from all of the sets.
         order_of_rows = list(range(len(tokens)))
         random.Random(wanted.seed).shuffle(order_of_rows)
-        tokens = tokens[order_of_rows]
-    return _full(tokens, ", ".join(titles))
+        tokens, mask = tokens[order_of_rows], mask[order_of_rows]
+    return CalibrationSet(tokens, mask, ", ".join(titles))
 
 
 def sampled_count(dataset: Dataset, nsamples: int) -> int:
@@ -189,14 +197,6 @@ def _shares(specs: tuple[DatasetSpec, ...], nsamples: int) -> list[int]:
     even, extra = divmod(left, open_sets)
     shares = iter([even + (place < extra) for place in range(open_sets)])
     return [next(shares) if spec.num is None else spec.num for spec in specs]
-
-
-def _sampled(spec: DatasetSpec, sampler: Sampler | None, count: int, seqlen: int, seed: int) -> Tensor:
-    if spec.splits or spec.concat is not None or spec.apply_chat_template:
-        raise CalibrationError(f"the set self takes no option but num=; got {spec}")
-    if sampler is None:
-        raise CalibrationError("the set self needs a model to sample from, and none is given here")
-    return sampler(count, seqlen, seed).to(torch.int64)
 
 
 def _from_ids(
@@ -243,8 +243,14 @@ def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBas
     return tokenizer
 
 
-def _full(tokens: Tensor, source: str) -> CalibrationSet:
-    return CalibrationSet(tokens, torch.ones_like(tokens, dtype=torch.bool), source)
+def _full(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens and mask of samples without padding."""
+    return tokens, torch.ones_like(tokens, dtype=torch.bool)
+
+
+def _blank(count: int, seqlen: int) -> tuple[Tensor, Tensor]:
+    """Tokens and mask of samples that the model has yet to write."""
+    return torch.zeros(count, seqlen, dtype=torch.int64), torch.zeros(count, seqlen, dtype=torch.bool)
 
 
 def _check_vocabulary(built: CalibrationSet, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -259,7 +265,7 @@ def _warn_of_unknown(built: CalibrationSet, tokenizer: PreTrainedTokenizerBase |
     unknown = getattr(tokenizer, "unk_token_id", None)  # a tokenizer may have none
     if unknown is None:
         return
-    share = float(((built.tokens == unknown) & built.mask).sum()) / built.token_count
+    share = float(((built.tokens == unknown) & built.mask).sum()) / max(1, built.token_count)
     if share > _UNKNOWN_SHARE:
         listener.warn(
             f"{share:.0%} of the calibration tokens from {built.source} are unknown to the tokenizer; "

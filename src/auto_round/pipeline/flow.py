@@ -9,9 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from auto_round.calibrate.dataset import CalibrationSet, Sampler, build_calibration
+from auto_round.calibrate.dataset import CalibrationSet, build_calibration
 from auto_round.calibrate.pairs import from_pairs, is_pairs
 from auto_round.errors import SourceError, SpecError
 from auto_round.formats.base import Format
@@ -22,10 +21,10 @@ from auto_round.pipeline.job import Job, Prepared, Quantised, Ready, Saving
 from auto_round.pipeline.needs import heed, needs, too_much
 from auto_round.pipeline.planning import tell_plan
 from auto_round.pipeline.preparing import prepare
-from auto_round.pipeline.publishing import check_others, check_space, publish, published, was_published
+from auto_round.pipeline.publishing import check_space, publish, published
 from auto_round.pipeline.runner import Runner
 from auto_round.pipeline.signature import signature
-from auto_round.pipeline.writing import check, continued, sampled
+from auto_round.pipeline.writing import check, written
 from auto_round.report.forecast import Forecast
 from auto_round.report.record import RunReport
 from auto_round.runtime.device import compute_dtype
@@ -42,7 +41,7 @@ def make_ready(job: Job, formats: Sequence[Format], scratch: Path, listener: Lis
     formats: those the result is meant for; a layer that one of them cannot hold is kept. scratch: where a model that is
     not a folder of safetensors is unpacked. Raises AutoRoundError of the right kind for whatever can be seen by now.
     """
-    return _calibrated(_opened(job, formats, scratch, listener), scratch, listener)
+    return written(_signed(_opened(job, formats, scratch, listener), listener), scratch / WRITTEN, listener)
 
 
 def _opened(job: Job, formats: Sequence[Format], scratch: Path, listener: Listener) -> Prepared:
@@ -54,8 +53,9 @@ def _opened(job: Job, formats: Sequence[Format], scratch: Path, listener: Listen
     return prepared
 
 
-def _calibrated(prepared: Prepared, scratch: Path, listener: Listener) -> Ready:
-    data = calibrate(prepared, scratch / WRITTEN, listener) if prepared.job.recipe.calibrated else None
+def _signed(prepared: Prepared, listener: Listener) -> Ready:
+    """Calibrated, but for what the model is to write: all that decides that is known before it is written."""
+    data = calibrate(prepared, listener) if prepared.job.recipe.calibrated else None
     return Ready(prepared, data, signature(prepared, data))
 
 
@@ -88,10 +88,7 @@ def run(job: Job, saving: Saving, work: Workspace, listener: Listener) -> RunRep
     Raises OutputError when the target or the workspace holds another job's work that may not be overwritten.
     """
     prepared = _opened(_as_recorded(job, work), saving.formats, work.folder, listener)
-    check_others(prepared, saving, work)
-    if not was_published(work.target):  # where this very job is done, nothing more is needed
-        check_space(prepared, saving, work)
-    ready = _calibrated(prepared, work.folder, listener)
+    ready = _signed(prepared, listener)
     done = None if saving.overwrite else published(work.target, ready, saving.formats)
     if done is not None:
         listener.note("nothing to do: this very job has been done already")
@@ -99,7 +96,8 @@ def run(job: Job, saving: Saving, work: Workspace, listener: Listener) -> RunRep
         return done
     check_free(work.target, overwrite=saving.overwrite)
     work.claim(ready.facts, overwrite=saving.overwrite)
-    check_space(prepared, saving, work)  # once more, now that the work of another job is gone
+    check_space(prepared, saving, work)
+    ready = written(ready, work.folder / WRITTEN, listener)
     journal = Journal(work.blocks)
     try:
         return publish(quantise(ready, journal, work.folder, listener), saving, work, listener)
@@ -135,10 +133,10 @@ def foresee(job: Job, saving: Saving, target: Path) -> Forecast:
         return forecast(prepared, saving, target, sample_tokens_of(prepared), time.perf_counter() - begin)
 
 
-def calibrate(prepared: Prepared, written: Path, listener: Listener) -> CalibrationSet:
-    """Build the samples to tune on; raise CalibrationError, or SpecError when they do not fit the model.
+def calibrate(prepared: Prepared, listener: Listener) -> CalibrationSet:
+    """Build the samples to tune on, blank where the model is to write them.
 
-    written: folder for what the model writes itself.
+    Raises CalibrationError, or SpecError when they do not fit the model.
     """
     job, source = prepared.job, prepared.source
     recipe = job.recipe
@@ -147,28 +145,21 @@ def calibrate(prepared: Prepared, written: Path, listener: Listener) -> Calibrat
     if seqlen < recipe.seqlen:
         listener.warn(f"samples are cut to {seqlen} tokens, the longest this model takes (seqlen was {recipe.seqlen})")
 
-    def sampler(count: int, length: int, seed: int) -> Tensor:
-        return sampled(prepared, count, length, seed, written, listener)
-
     if is_pairs(job.dataset):
         processor = job.processor or processor_of(source.folder, trust_remote_code=job.trust_remote_code)
         calibration = from_pairs(
             job.dataset, processor, nsamples=recipe.given_samples, seqlen=seqlen, listener=listener
         )
     else:
-        calibration = _from_text(job, source, seqlen, listener, sampler)
+        calibration = _from_text(job, source, seqlen, listener)
     vocabulary = prepared.skeleton.model.get_input_embeddings().weight.shape[0]
     largest = int(calibration.tokens.max())
     if largest >= vocabulary:
         raise SpecError(f"calibration holds token id {largest}, but the model's vocabulary ends at {vocabulary - 1}")
-    if recipe.self_nsamples:
-        calibration = continued(prepared, calibration, written, listener)
-    samples, length = calibration.tokens.shape
-    listener.note(f"calibration: {samples} samples of {length} tokens from {calibration.source}")
     return calibration
 
 
-def _from_text(job: Job, source: Source, seqlen: int, listener: Listener, sampler: Sampler) -> CalibrationSet:
+def _from_text(job: Job, source: Source, seqlen: int, listener: Listener) -> CalibrationSet:
     with foreign(f"{source.folder}: its tokenizer fails on the calibration text"):
         return build_calibration(
             job.dataset,
@@ -177,5 +168,4 @@ def _from_text(job: Job, source: Source, seqlen: int, listener: Listener, sample
             seqlen=seqlen,
             seed=job.recipe.seed,
             listener=listener,
-            sampler=sampler,
         )

@@ -18,11 +18,10 @@ from auto_round.pipeline.finishing import FINISHED
 from auto_round.pipeline.gate import Verdict, check, judge
 from auto_round.pipeline.job import Prepared, Quantised, Ready, Saving
 from auto_round.pipeline.saving import blank_export, save
-from auto_round.pipeline.signature import UNDECIDING, signature
 from auto_round.report.record import KeptLayer, RunReport, SavedFolder
 from auto_round.runtime.device import peak_device_bytes, peak_resident_bytes
 from auto_round.runtime.events import Listener
-from auto_round.runtime.workspace import Workspace, check_free
+from auto_round.runtime.workspace import Workspace
 
 RECORD = "auto_round.json"
 SPARE = 64_000_000  # bytes beside weights and journal: tokenizer files, configs, a file system's own needs
@@ -78,26 +77,6 @@ def published(target: Path, ready: Ready, formats: Sequence[Format]) -> RunRepor
         pairs = zip(report.folders, places, strict=True)
         return replace(report, folders=tuple(replace(saved, path=str(folder)) for saved, (_, folder) in pairs))
     return None
-
-
-def check_others(prepared: Prepared, saving: Saving, work: Workspace) -> None:
-    """Raise OutputError when the workspace or the target surely holds another job's work that may not be overwritten.
-
-    Whatever the calibration set is: hours may go into writing that. `claim` and `published` know for sure.
-    """
-    if saving.overwrite:
-        return
-    known = signature(prepared, None)
-    work.check({name: value for name, value in known.items() if not name.startswith("calibration")})
-    for file in _records(work.target):
-        try:
-            report = RunReport.from_json(file.read_text(encoding="utf-8"))
-        except (FormatError, ValueError):
-            continue
-        recipe = {name: value for name, value in report.recipe.items() if name not in UNDECIDING}
-        made_by = {"recipe": recipe, "scheme": report.scheme, "compute_dtype": report.compute_dtype}
-        if made_by != {name: known[name] for name in made_by}:
-            check_free(work.target, overwrite=False)
 
 
 def check_space(prepared: Prepared, saving: Saving, work: Workspace) -> None:

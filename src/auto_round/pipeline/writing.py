@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from auto_round.calibrate.dataset import CalibrationSet
 from auto_round.calibrate.pairs import is_pairs
 from auto_round.calibrate.selftext import Beginnings, joined, out_of_nothing, pieces, write
 from auto_round.errors import SpecError
-from auto_round.pipeline.job import Prepared
+from auto_round.pipeline.job import Prepared, Ready
 from auto_round.pipeline.needs import IN_PLACE, heed, needs, own_texts, shortage, too_much, writing_bytes
 from auto_round.runtime.device import release_cached
 from auto_round.runtime.durable import GO_ON, disk_errors
@@ -31,19 +31,25 @@ def check(prepared: Prepared) -> None:
         raise SpecError(f"{asked} needs a tokenizer, which says what tokens are text; the model has none")
 
 
-def sampled(prepared: Prepared, nsamples: int, seqlen: int, seed: int, folder: Path, listener: Listener) -> Tensor:
-    """(nsamples, seqlen) token ids that the model makes out of nothing. folder: see `_written`."""
-    tokenizer = _tokenizer(prepared)
-    return _written(prepared, out_of_nothing(tokenizer, nsamples, seqlen, seed), seqlen, folder, listener)
-
-
-def continued(prepared: Prepared, given: CalibrationSet, folder: Path, listener: Listener) -> CalibrationSet:
-    """`given` with the recipe's `self_nsamples` behind those of the blocks. folder: see `_written`."""
-    recipe, blocks = prepared.job.recipe, given.first(prepared.job.recipe.nsamples)
-    begin = pieces(_tokenizer(prepared), blocks, recipe.self_nsamples, recipe.seed)
-    seqlen = given.tokens.shape[1]
-    texts = _written(prepared, begin, seqlen, folder, listener)
-    return given.inserted(len(blocks.tokens), joined(texts, seqlen), "the model's own")
+def written(ready: Ready, folder: Path, listener: Listener) -> Ready:
+    """The same with what the model writes: its blank samples out of nothing, then the recipe's `self_nsamples` behind
+    those of the blocks. folder: see `_written`.
+    """
+    prepared, data = ready.prepared, ready.calibration
+    if data is None:
+        return ready
+    recipe, seqlen = prepared.job.recipe, data.tokens.shape[1]
+    if blank := int(data.blank.sum()):
+        begin = out_of_nothing(_tokenizer(prepared), blank, seqlen, recipe.seed)
+        data = data.filled(_written(prepared, begin, seqlen, folder, listener))
+    if recipe.self_nsamples:
+        blocks = data.first(recipe.nsamples)
+        begin = pieces(_tokenizer(prepared), blocks, recipe.self_nsamples, recipe.seed)
+        texts = _written(prepared, begin, seqlen, folder, listener)
+        data = data.inserted(len(blocks.tokens), joined(texts, seqlen), "the model's own")
+    samples, length = data.tokens.shape
+    listener.note(f"calibration: {samples} samples of {length} tokens from {data.source}")
+    return replace(ready, calibration=data)
 
 
 def _written(prepared: Prepared, begin: Beginnings, seqlen: int, folder: Path, listener: Listener) -> Tensor:

@@ -58,35 +58,30 @@ class Workspace:
     def claim(self, facts: Facts, *, overwrite: bool) -> None:
         """Make this the folder of the job that `facts` (JSON values) describe, or find that it is already.
 
-        Work of another job is discarded when `overwrite`, but for text that the model wrote; else OutputError says in
-        what the two differ.
+        Finished blocks of another job are discarded when `overwrite`; else OutputError says in what the two differ.
+        Text that the model wrote belongs to no job and stays.
         """
         plain = json.loads(json.dumps(facts))
         recorded = self.recorded()
         if recorded == plain:
             return
-        if recorded is not None and not overwrite:
-            raise self._another(recorded, plain)
+        if recorded is not None and self.has_blocks() and not overwrite:
+            raise OutputError(
+                f"{self.target}: an unfinished run of another job is kept in {self.folder}. It differs in:\n"
+                + "\n".join(f"  {line}" for line in differences(recorded, plain))
+                + "\nFinish it with its own command, choose another output_dir, or discard it with --overwrite."
+            )
         self._discard_codes()
         write_durably(self.folder / "job.json", json.dumps(plain, indent=1).encode())
-
-    def check(self, facts: Facts) -> None:
-        """Raise the OutputError of `claim` when some of the job's facts are enough to know that it must come."""
-        plain, recorded = json.loads(json.dumps(facts)), self.recorded()
-        if recorded is not None and any(recorded.get(name) != value for name, value in plain.items()):
-            raise self._another({name: recorded.get(name) for name in plain}, plain)
-
-    def _another(self, recorded: Facts, wanted: Facts) -> OutputError:
-        return OutputError(
-            f"{self.target}: an unfinished run of another job is kept in {self.folder}. It differs in:\n"
-            + "\n".join(f"  {line}" for line in differences(recorded, wanted))
-            + "\nFinish it with its own command, choose another output_dir, or discard it with --overwrite."
-        )
 
     def discard(self) -> None:
         """Forget the work that is kept here."""
         self._discard_codes()
         shutil.rmtree(self.folder / WRITTEN, ignore_errors=True)
+
+    def has_blocks(self) -> bool:
+        """True when finished blocks are kept here; less than that is no work of anybody's."""
+        return any(self.blocks.glob("*.safetensors"))
 
     def _discard_codes(self) -> None:
         for leftover in (self.blocks, self.staging, self.folder / "activations"):
@@ -135,11 +130,12 @@ def workspace(target: Path) -> Iterator[Workspace]:
     """
     folder = work_folder(target)
     handle = _locked(folder)
+    work = Workspace(folder, target)
     try:
         _restore_replaced(folder, target)
-        yield Workspace(folder, target)
+        yield work
     finally:
-        if folder.is_dir() and not any(folder.glob("blocks/*.safetensors")):
+        if folder.is_dir() and not work.has_blocks():
             _clear(folder)
         os.close(handle)
 
