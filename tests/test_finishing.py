@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, JetMoeConfig, JetMoeForCausalLM
 from auto_round import AutoRound
 from auto_round.errors import SpecError
 from auto_round.load import load_qtensors
+from auto_round.pipeline import finishing, runner
 from auto_round.report.record import RunReport
 from auto_round.tune.block import token_weights
 from tests.conftest import VOCABULARY, tiny_llama, tiny_xlnet
@@ -125,6 +126,35 @@ def test_accumulated_batches_are_one_large_one(loud: Path, tmp_path: Path) -> No
     whole, parts = (dict(load_qtensors(tmp_path / name)) for name in ("whole", "parts"))
     for name, tensor in whole.items():
         torch.testing.assert_close(tensor.scales, parts[name].scales, rtol=2e-3, atol=0)
+
+
+def test_short_memory_takes_the_same_steps_in_parts(
+    loud: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuner(loud, finish_iters=4).quantize_and_save(tmp_path / "whole")
+    tune, sizes = runner.tune_block, list[int]()
+
+    def small(task: Any, activations: Any, recipe: Any, *rest: Any) -> Any:
+        sizes.append(recipe.batch_size)
+        if recipe.batch_size > 2:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return tune(task, activations, recipe, *rest)
+
+    monkeypatch.setattr(runner, "tune_block", small)
+    tuner(loud, finish_iters=4).quantize_and_save(tmp_path / "parts")
+    assert sizes[:2] == [4, 2]
+    whole, parts = (dict(load_qtensors(tmp_path / name)) for name in ("whole", "parts"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(tensor.scales, parts[name].scales, rtol=2e-3, atol=0)
+
+
+def test_a_divergence_that_is_no_number_leaves_what_the_blocks_gave(
+    loud: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(finishing, "kl_divergence", lambda *_: torch.tensor(torch.nan))
+    report = tuner(loud).quantize_and_save(tmp_path / "out", enable_check=False)
+    assert report.finishing is None
+    assert "no finishing: the KL divergence from the original is not finite" in caplog.text
 
 
 def test_a_quantised_head_stays_and_is_what_the_loss_sees(loud: Path, tmp_path: Path) -> None:

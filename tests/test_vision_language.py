@@ -11,7 +11,12 @@ import torch
 import transformers as t
 from torch import Tensor, nn
 
-from auto_round.errors import CalibrationError, SpecError
+from auto_round.calibrate.front import Walk
+from auto_round.calibrate.walker import walk
+from auto_round.errors import CalibrationError, SourceError, SpecError
+from auto_round.source.blocks import block_names, find_block_lists
+from auto_round.source.opening import open_source
+from auto_round.source.skeleton import Skeleton
 from tests.test_architectures import HEAD, SMALL, VISION, dequantise_into, logits_of, tiny, tune
 
 IMAGE = 120  # the id of the token that stands for a piece of an image
@@ -181,6 +186,33 @@ def test_pairs_of_image_and_text_calibrate(name: str, tmp_path: Path) -> None:
     dequantise_into(expected, result)
     answer = logits_of(opened(tmp_path / "out"), **asked)
     torch.testing.assert_close(answer, logits_of(expected, **asked), rtol=1e-4, atol=1e-4)
+
+
+def test_positions_around_images_are_those_of_every_pair(tmp_path: Path) -> None:
+    config, asked = MODELS["qwen2_5_vl"]
+    model = tiny(config, t.AutoModelForImageTextToText)
+    model.save_pretrained(tmp_path / "plain")
+    ids = asked["input_ids"].roll(2, 1)  # the image stands later
+    other = {**asked, "input_ids": ids, "mm_token_type_ids": (ids == IMAGE).int()}
+    pairs = [asked, asked, other]
+    source = open_source(tmp_path / "plain", None, tmp_path)
+    skeleton = Skeleton(source.config, source.checkpoint)
+    names = block_names(skeleton.model, find_block_lists(skeleton.model))
+    beside = [{name: value for name, value in pair.items() if name != "input_ids"} for pair in pairs]
+    cpu = torch.device("cpu")
+    settings = Walk(batch_size=2, quantised_inputs=False, device=cpu, dtype=torch.float32, store=cpu)
+    blocks = iter(walk(skeleton, names, torch.cat([pair["input_ids"] for pair in pairs]), settings, beside))
+    first = next(block for block in blocks if "language_model" in block.name)
+    with torch.no_grad():
+        expected = [model(**pair, output_hidden_states=True, use_cache=False).hidden_states[1] for pair in pairs]
+    torch.testing.assert_close(first.targets, torch.cat(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_pairs_are_refused_where_images_come_in_between_blocks(tmp_path: Path) -> None:
+    config, asked = MODELS["qwen3_vl"]
+    tiny(config, t.AutoModelForImageTextToText).save_pretrained(tmp_path / "plain")
+    with pytest.raises(SourceError, match=r"changes the hidden states between its blocks.*give text alone"):
+        tune(tmp_path / "plain", tmp_path / "out", dataset=[asked, asked], seqlen=64)
 
 
 def test_a_processor_makes_the_samples(tmp_path: Path) -> None:

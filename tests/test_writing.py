@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from auto_round import AutoRound
-from auto_round.errors import OutputError, SpecError
-from auto_round.runtime.events import LogListener
+from auto_round.errors import OutputError, SourceError, SpecError
+from auto_round.runtime.events import BlockStats, LogListener
 from tests.conftest import tiny_llama, tiny_tokenizer
 
 
@@ -120,19 +120,61 @@ def test_a_model_without_a_tokenizer_cannot_write(tmp_path: Path, asked: dict[st
     assert not (tmp_path / "out").exists()
 
 
+def test_another_tokenizer_is_another_job(llama_folder: Path, tmp_path: Path) -> None:
+    settings = {"nsamples": 4, "seqlen": 16, "iters": 1, "group_size": 32, "device": "cpu", "compute_dtype": "float32"}
+    AutoRound(llama_folder, tiny_tokenizer(), dataset="self", **settings).quantize_and_save(tmp_path / "out")
+    other = tiny_tokenizer()
+    other.add_special_tokens({"additional_special_tokens": ["fox"]})
+    with pytest.raises(OutputError, match="is not empty"):
+        AutoRound(llama_folder, other, dataset="self", **settings).quantize_and_save(tmp_path / "out")
+
+
+def test_a_model_that_cannot_write_says_so(llama_folder: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"word{number}" for number in range(1000)])  # the embeddings have no row for them
+    run = AutoRound(llama_folder, tokenizer, dataset="self", nsamples=4, seqlen=16, group_size=32, device="cpu")
+    with pytest.raises(SourceError, match=r"the model cannot write text: transformers .* says IndexError"):
+        run.quantize_and_save(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_jobs_work_is_refused_before_anything_is_written(llama_folder: Path, tmp_path: Path) -> None:
     listener = Stopped()
     settings = {"nsamples": 8, "seqlen": 32, "group_size": 32, "iters": 1, "device": "cpu", "compute_dtype": "float32"}
     texts = ["the quick brown fox. " * 8] * 8
     AutoRound(llama_folder, tiny_tokenizer(), dataset=texts, **settings).quantize_and_save(tmp_path / "done")
-    for bits, folder in ((2, "done"), (4, "other")):
-        (tmp_path / ".other.auto-round" / "blocks").mkdir(parents=True, exist_ok=True)
-        (tmp_path / ".other.auto-round" / "job.json").write_text('{"scheme": "W8A16"}')
-        (tmp_path / ".other.auto-round" / "blocks" / "block-00000.safetensors").write_bytes(b"")
-        run = AutoRound(llama_folder, tiny_tokenizer(), dataset="self", bits=bits, listener=listener, **settings)
-        with pytest.raises(OutputError, match=r"is not empty|scheme: W8A16 there, W4A16G32 here"):
+    (tmp_path / ".other.auto-round").mkdir()
+    (tmp_path / ".other.auto-round" / "job.json").write_text('{"scheme": "W8A16"}')
+    for folder, said in (("done", "is not empty"), ("other", "scheme: W8A16 there, W4A16G32 here")):
+        run = AutoRound(llama_folder, tiny_tokenizer(), dataset="self", listener=listener, **settings)
+        with pytest.raises(OutputError, match=said):
             run.quantize_and_save(tmp_path / folder)
     assert listener.rounds == []
+
+
+class AfterOneBlock(LogListener):
+    """Stops a run when its first block is done."""
+
+    def block_finished(self, stats: BlockStats) -> None:
+        raise KeyboardInterrupt
+
+
+def test_unfinished_work_outlives_runs_that_do_not_replace_it(llama_folder: Path, tmp_path: Path) -> None:
+    settings = {"nsamples": 8, "seqlen": 32, "group_size": 32, "iters": 1, "device": "cpu", "compute_dtype": "float32"}
+    texts = ["the quick brown fox. " * 8] * 8
+
+    def run(**changes: Any) -> AutoRound:
+        return AutoRound(llama_folder, tiny_tokenizer(), **{"dataset": texts, **settings, **changes})
+
+    first = run().quantize_and_save(tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        run(bits=8, listener=AfterOneBlock()).quantize_and_save(tmp_path / "out", overwrite=True)
+    blocks = list((tmp_path / ".out.auto-round" / "blocks").iterdir())
+    assert len(blocks) == 1
+    assert run().quantize_and_save(tmp_path / "out").signature == first.signature  # nothing to do
+    with pytest.raises(SpecError, match="writing needs"):
+        run(bits=2, dataset="self", max_memory="10MB").quantize_and_save(tmp_path / "out", overwrite=True)
+    assert list((tmp_path / ".out.auto-round" / "blocks").iterdir()) == blocks
 
 
 def test_a_full_disk_is_not_the_tokenizers_fault(

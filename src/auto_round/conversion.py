@@ -94,6 +94,11 @@ def convert(
     ):
         work.claim({"convert": str(source), "format": format}, overwrite=overwrite)
         model = open_coded(source, Path(scratch))
+        if model.not_in_config is not None:
+            raise FormatError(
+                f"{source}: transformers does not read {model.not_in_config} from GGUF, so that another model would "
+                "come of it; convert the original model's folder instead"
+            )
         tell(f"{source}: {model.format} ({model.detail}), {len(model.layers)} layers")
         plan = plan_of(model)
         schemes = _schemes_to_round(model, plan, target, requantize, wanted)

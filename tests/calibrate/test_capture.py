@@ -85,6 +85,23 @@ def test_block_by_block_is_the_model(name: str, tmp_path: Path, tokens: torch.Te
     assert torch.equal(last.inputs, last.targets)
 
 
+@pytest.mark.parametrize("rows", [[0, 0, 1, 0, 2], [1]], ids=["the first two alike", "one sample"])
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4"])
+def test_what_blocks_are_called_with_follows_every_sample(
+    name: str, rows: list[int], tmp_path: Path, tokens: torch.Tensor
+) -> None:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(CONFIGS[name]).eval().save_pretrained(tmp_path)
+    skeleton = skeleton_of(tmp_path)
+    names = block_names(skeleton.model, find_block_lists(skeleton.model))
+    whole, some = (
+        [block.targets.clone() for block in walk(skeleton, names, samples, settings())]
+        for samples in (tokens, tokens[rows])
+    )
+    for expected, found in zip(whole, some, strict=True):
+        torch.testing.assert_close(found, expected[rows], rtol=1e-5, atol=1e-5)
+
+
 def test_the_quantised_chain_feeds_the_next_block(llama_folder: Path, tokens: torch.Tensor) -> None:
     skeleton = skeleton_of(llama_folder)
     names = ["model.layers.0", "model.layers.1"]
@@ -104,6 +121,15 @@ def test_the_quantised_chain_feeds_the_next_block(llama_folder: Path, tokens: to
     assert torch.allclose(seen[0][1], original[1], atol=1e-5)
     assert torch.allclose(seen[1][0], changed[1], atol=1e-5)
     assert not torch.allclose(changed[1], original[1], atol=1e-3)
+
+
+def test_without_quantised_inputs_two_stores_take_turns(
+    llama_folder: Path, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    skeleton = skeleton_of(llama_folder)
+    on_disk = settings(quantised_inputs=False, cache=tmp_path)
+    assert len(list(walk(skeleton, ["model.layers.0", "model.layers.1"], tokens, on_disk))) == 2
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["original", "spare"]
 
 
 def test_without_quantised_inputs_every_block_sees_the_original_chain(llama_folder: Path, tokens: torch.Tensor) -> None:

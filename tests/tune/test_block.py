@@ -39,6 +39,19 @@ def test_the_loss_is_a_plain_square_error_where_all_tokens_count_the_same() -> N
     torch.testing.assert_close(found, (output - target).square().mean((2, 3)).sum())
 
 
+def test_gradients_too_small_for_float16_still_move_codes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(64, 64, bias=False, dtype=torch.float16).requires_grad_(False)
+    weight = torch.randn(64, 64, generator=generator)
+    inputs = 3e-4 * torch.randn(16, 2048, 16, generator=generator) @ torch.randn(16, 64, generator=generator)
+    task = BlockTask(lambda hidden, _: linear(hidden), {"a": linear}, {"a": weight}, {"a": Scheme(2, 32)})
+    activations = Activations.of(inputs.half(), (inputs @ weight.t()).half(), None)
+    rng = torch.Generator().manual_seed(1)
+    recipe = Recipe(iters=20, batch_size=8, start="plain")
+    tuned = tune_block(task, activations, recipe, rng, torch.device("cpu"), lambda *_: None)
+    assert tuned.loss_end < 0.5 * tuned.loss_start
+
+
 @pytest.mark.parametrize("bits", [2, 4])
 def test_a_massive_token_out_of_reach_does_not_rule_the_others(bits: int) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -36,6 +36,16 @@ def test_moments_are_shared_and_forgotten_when_taken() -> None:
     assert not moments.reached("unreached")
 
 
+def test_padding_counts_nothing_where_a_model_takes_tokens_in_one_row() -> None:
+    inputs = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(5) < torch.tensor([[5], [3]])
+    moments = Moments({"fc": nn.Linear(8, 4)})
+    moments.next_batch(mask)
+    moments.observe("fc", inputs.flatten(0, 1))
+    real = inputs[mask]
+    torch.testing.assert_close(mean_of(moments, "fc"), real.t() @ real / 8)
+
+
 def test_moments_without_room_are_left_for_another_round() -> None:
     linears = {name: nn.Linear(8, 4) for name in ("q", "k", "o", "p")}
     first, second = torch.randn(2, 5, 8), torch.randn(2, 5, 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -24,6 +25,21 @@ def tokens(count: int, seed: int) -> Tensor:
 def test_shrinkage_is_two_inputs_per_token_and_at_most_one() -> None:
     mean = torch.eye(64)
     assert [shrinkage_of(Moment(mean, count)) for count in (1, 640, 12_800)] == [1.0, 0.2, 0.01]
+
+
+@pytest.mark.parametrize("scheme", [Scheme(2, 32), Scheme(4, 32, sym=False)], ids=str)
+def test_a_layer_whose_inputs_are_all_zero_is_rounded_as_if_they_were_not_known(scheme: Scheme) -> None:
+    weight = torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(5))
+    weight[0] = 0  # the smallest scale there is
+    silent = inputs_from(Moment(torch.zeros(WIDTH, WIDTH), 100), "compensated")
+    assert silent is not None
+    assert silent.compensation is not None
+    assert silent.compensation.factor.isfinite().all()
+    found, unknown = (
+        quantise_alone(weight, scheme, "compensated", known, torch.device("cpu")) for known in (silent, None)
+    )
+    error, usual = ((tensor.dequantize() - weight).square().sum() for tensor in (found, unknown))
+    assert error < 1.05 * usual
 
 
 def test_a_moment_of_few_tokens_is_not_trusted_more_than_it_knows() -> None:

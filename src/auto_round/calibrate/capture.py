@@ -89,7 +89,7 @@ def capture(
 
     beside: other inputs of the model, such as pixels. Everything in front of the blocks must be loaded; the blocks need
     not be. Padding needs no mask here: it stands on the right, where causal attention never lets a real token see it.
-    Raises SourceError when the model calls its blocks in an unknown way.
+    Raises SourceError when the model calls its blocks in an unknown way, or changes hidden states between them.
     """
     best: list[_Call] = []
     for width in TUPLE_WIDTHS:
@@ -109,6 +109,13 @@ def capture(
             f"{type(model).__name__} ran {len(set(order))} of its {len(block_names)} blocks in {len(order)} calls with "
             "hidden states of one shape; only models that run each block once in order can be tuned. Recipe rtn rounds "
             "a model without running it"
+        )
+    changed = next((entry.block for entry in best if not _same(entry.hidden, best[0].hidden)), None)
+    if changed is not None:
+        raise SourceError(
+            f"{type(model).__name__} changes the hidden states between its blocks, in front of {block_names[changed]}; "
+            "on such samples it cannot be tuned block by block. If they are images with text, give text alone; recipe "
+            "rtn rounds a model without running it"
         )
     calls = {entry.block: entry.call for entry in best}
     return Captured(best[0].hidden, tuple(calls.get(index) for index in range(len(block_names))))
@@ -144,6 +151,11 @@ def inputs_of(
     finally:
         handle.remove()
     return None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal, values that are no numbers too."""
+    return a is b or torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def _record(

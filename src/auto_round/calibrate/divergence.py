@@ -66,7 +66,7 @@ class TokenLoss:
         final = output.detach()[:, chosen].requires_grad_(True)
         total = self._divergence(final, target[:, chosen], weights[:, chosen], ids[:, chosen])
         assert final.grad is not None
-        scale = weights.sum() / weights[:, chosen].sum().clamp_min(1e-9)
+        scale = length / count  # also where tokens are padding: parts of a step then add up to the whole
         # A term that is 0 and whose gradient in `output` is the one found already.
         picked = output[:, chosen].float()
         return scale * (total + ((picked - picked.detach()) * final.grad.float()).sum())

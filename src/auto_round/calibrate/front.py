@@ -2,7 +2,7 @@
 
 Most arguments of a block are the same whatever the tokens are (masks, rotary tables) and are kept once for each size of
 batch. Those that follow the samples (per-layer embeddings, token ids for hashed routing, positions around images) are
-found by comparing two samples, and kept for all of them.
+found by comparing all samples with the first, and kept for all of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,12 +40,17 @@ class Walk:
     cache: Path | None = None
 
 
-class _Place(NamedTuple):
-    """One tensor among the arguments of a block: index of the block, of the tensor, and its dimension of samples."""
+@dataclass(frozen=True, eq=False)
+class _Leaf:
+    """One tensor that blocks are called with.
 
-    block: int
-    leaf: int
-    dim: int
+    places: (block, number among the arguments) wherever it stands. one: as it is for the first sample alone. dim: its
+    dimension of samples; None when it has none, or when what stands there depends on the place in the batch.
+    """
+
+    places: tuple[tuple[int, int], ...]
+    one: Tensor
+    dim: int | None
 
 
 class Front:
@@ -54,8 +59,7 @@ class Front:
     def __init__(self, skeleton: Skeleton, block_names: Sequence[str], settings: Walk) -> None:
         self._skeleton, self._names, self._settings = skeleton, block_names, settings
         self._calls: dict[int, list[tuple[list[Any], TreeSpec] | None]] = {}
-        self._places: list[_Place] = []
-        self._follows: dict[_Place, Tensor] = {}
+        self._follows: dict[_Leaf, Tensor] = {}  # (.., samples, size for one sample, ..) at the dimension of samples
         self._order: tuple[int, int] = (0, 1)
 
     def hidden(self, tokens: Tensor, beside: Sequence[Mapping[str, Tensor]] = ()) -> Tensor:
@@ -63,7 +67,8 @@ class Front:
 
         beside: for every sample the model's other inputs, such as pixels, as for a batch of one; none when empty.
 
-        Raises SourceError when the model's hidden states have no dimensions of samples and tokens.
+        Raises SourceError when the model's hidden states have no dimensions of samples and tokens, or when what it
+        calls its blocks with cannot be told apart by samples.
         """
         settings = self._settings
         with loaded(self._skeleton, outside_blocks(self._skeleton.model, self._names), settings.dtype, settings.device):
@@ -71,10 +76,8 @@ class Front:
 
     def _hidden(self, tokens: Tensor, beside: Sequence[Mapping[str, Tensor]]) -> Tensor:
         settings = self._settings
-        if len(tokens) > 1:
-            self._compare(tokens, beside)
+        leaves = self._compare(tokens, beside)
         states: Tensor | None = None
-        following = dict[_Place, list[Tensor]]()
         for begin in range(0, len(tokens), settings.batch_size):
             rows = slice(begin, begin + settings.batch_size)
             captured = self._capture(tokens[rows], beside[rows])
@@ -82,35 +85,75 @@ class Front:
             if states is None:
                 states = store((len(tokens), *hidden.shape[1:]), hidden.dtype, settings, "original")
             states[rows] = hidden.to(settings.store)
-            for place in self._places:
-                leaf = _flat(captured.calls[place.block])[0][place.leaf]
-                following.setdefault(place, []).append(leaf.to(settings.store))
-        self._follows = {place: torch.cat(parts, dim=place.dim) for place, parts in following.items()}
+            for leaf in leaves:
+                self._follow(leaf, captured, begin, len(hidden), len(tokens))
         for size in range(1, min(settings.batch_size, len(tokens)) + 1):
             if size not in self._calls:
                 self._capture(tokens[:size], beside[:size])
         assert states is not None
         return states
 
-    def _compare(self, tokens: Tensor, beside: Sequence[Mapping[str, Tensor]]) -> None:
-        """Find the dimensions of samples and tokens in hidden states, and the arguments that follow the samples."""
-        first, second, both = (self._capture(tokens[i:j], beside[i:j]) for i, j in ((0, 1), (1, 2), (0, 2)))
-        shape = both.hidden.shape
-        grown = [d for d, size in enumerate(shape) if size == 2 * first.hidden.shape[d]]
-        if not grown:
+    def _compare(self, tokens: Tensor, beside: Sequence[Mapping[str, Tensor]]) -> list[_Leaf]:
+        """Find the dimensions of samples and tokens in hidden states and in what blocks are called with, by comparing
+        the first sample with itself twice."""
+        single = self._capture(tokens[:1], beside[:1])
+        double = self._capture(tokens[[0, 0]], [*beside[:1], *beside[:1]])
+        shape = double.hidden.shape
+        grown = _grown(single.hidden, double.hidden)
+        if grown is None:
             raise SourceError(
                 f"the blocks of {type(self._skeleton.model).__name__} take hidden states of shape {tuple(shape)} for "
                 "2 samples; a dimension of samples is needed. Recipe rtn rounds a model without running it"
             )
-        rest = [d for d in range(len(shape)) if d != grown[0]]
+        rest = [d for d in range(len(shape)) if d != grown]
         # Some models put tokens of their own in front, or keep several streams.
         long = [d for d in rest if shape[d] == tokens.shape[1]] or rest
-        self._order = (grown[0], long[0])
-        for block, (a, b, c) in enumerate(zip(first.calls, second.calls, both.calls, strict=True)):
-            for leaf, (x, y, z) in enumerate(zip(_flat(a)[0], _flat(b)[0], _flat(c)[0], strict=True)):
-                if isinstance(x, Tensor) and x.shape == y.shape and not torch.equal(x, y):
-                    grown = [d for d, size in enumerate(z.shape) if size == 2 * x.shape[d]]
-                    self._places += [_Place(block, leaf, grown[0])] if grown else []
+        self._order = (grown, long[0])
+        same: dict[tuple[int, int], list[tuple[int, int]]] = {}  # blocks share most of their arguments
+        found: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        for block, (a, b) in enumerate(zip(single.calls, double.calls, strict=True)):
+            for number, (x, z) in enumerate(zip(_flat(a)[0], _flat(b)[0], strict=True)):
+                if isinstance(x, Tensor):
+                    same.setdefault((id(x), id(z)), []).append((block, number))
+                    found[id(x), id(z)] = x, z
+        leaves = []
+        for key, (x, z) in found.items():
+            dim = _grown(x, z)
+            alike = dim is not None and bool((_by_sample(z, dim, 2) == x.unsqueeze(dim)).all())
+            leaves.append(_Leaf(tuple(same[key]), x, dim if alike else None))
+        return leaves
+
+    def _follow(self, leaf: _Leaf, captured: Captured, begin: int, count: int, total: int) -> None:
+        """Keep what a tensor is for the `count` samples from `begin` on, if it is not the same for all of them."""
+        block, number = leaf.places[0]
+        known, call = self._calls[count][block], captured.calls[block]
+        if known is None or call is None:
+            raise self._not_told_apart(block)
+        value = _flat(call)[0][number]
+        if leaf.dim is None:
+            if not torch.equal(known[0][number], value):
+                raise self._not_told_apart(block)
+            return
+        shape = list(leaf.one.shape)
+        shape[leaf.dim] *= count
+        if list(value.shape) != shape:
+            raise self._not_told_apart(block)
+        parts = _by_sample(value, leaf.dim, count)
+        one = leaf.one.unsqueeze(leaf.dim)
+        if leaf not in self._follows:
+            if bool((parts == one).all()):
+                return
+            room = list(one.shape)
+            room[leaf.dim] = total
+            self._follows[leaf] = store(room, value.dtype, self._settings, f"follows-{len(self._follows)}")
+            self._follows[leaf].narrow(leaf.dim, 0, begin).copy_(one)
+        self._follows[leaf].narrow(leaf.dim, begin, count).copy_(parts)
+
+    def _not_told_apart(self, block: int) -> SourceError:
+        return SourceError(
+            f"{type(self._skeleton.model).__name__} calls {self._names[block]} with something that differs between "
+            "samples and has no dimension of samples; give samples of one kind: text alone, or images of one size"
+        )
 
     def _capture(self, batch: Tensor, beside: Sequence[Mapping[str, Tensor]]) -> Captured:
         inputs = collated(beside, self._settings.device, self._settings.dtype)
@@ -131,13 +174,18 @@ class Front:
         flat = self._calls[len(rows)][block]
         assert flat is not None
         leaves, spec = flat
-        follows = [place for place in self._places if place.block == block]
+        follows = {
+            number: (leaf, stored)
+            for leaf, stored in self._follows.items()
+            for where, number in leaf.places
+            if where == block
+        }
         if follows:
             leaves = list(leaves)
-            for place in follows:
-                stored = self._follows[place]
-                picked = stored.index_select(place.dim, rows.to(stored.device))
-                leaves[place.leaf] = picked.to(self._settings.device)
+            for number, (leaf, stored) in follows.items():
+                assert leaf.dim is not None
+                picked = stored.index_select(leaf.dim, rows.to(stored.device)).flatten(leaf.dim, leaf.dim + 1)
+                leaves[number] = picked.to(self._settings.device)
         leaves = [handed if isinstance(leaf, MutableMapping) and not leaf else leaf for leaf in leaves]
         args, kwargs = tree_unflatten(leaves, spec)
         return BlockCall(args, kwargs)
@@ -159,6 +207,20 @@ class Front:
             output = forward(hidden.movedim((0, 1), self._order), *call.args, **call.kwargs)
         states: Tensor = output[0] if isinstance(output, (tuple, list)) else output
         return states.movedim(self._order, (0, 1))
+
+
+def _grown(single: Tensor, double: Tensor) -> int | None:
+    """The dimension in which two samples are twice one, all others being the same."""
+    if single.dim() != double.dim():
+        return None
+    grown = [d for d, (x, z) in enumerate(zip(single.shape, double.shape, strict=True)) if x != z]
+    return grown[0] if len(grown) == 1 and double.shape[grown[0]] == 2 * single.shape[grown[0]] else None
+
+
+def _by_sample(value: Tensor, dim: int, count: int) -> Tensor:
+    """(.., samples, size for one sample, ..) of a tensor whose dimension `dim` holds both."""
+    parts: Tensor = value.unflatten(dim, (count, -1))
+    return parts
 
 
 def _flat(call: BlockCall | None) -> tuple[list[Any], TreeSpec]:

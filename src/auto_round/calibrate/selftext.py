@@ -57,15 +57,20 @@ class Beginnings:
         return digest.hexdigest()
 
 
+def words_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what of a tokenizer decides how texts begin and go on, as hexadecimal digits."""
+    facts = (Encoder(tokenizer).lead.tolist(), _ordinary(tokenizer), _starts(tokenizer))
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
 def out_of_nothing(tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: int, seed: int) -> Beginnings:
     """The beginnings of `nsamples` texts of `seqlen` tokens. Raises CalibrationError when there is no token to use."""
-    ordinary = _ordinary(tokenizer)
-    starts = sorted(set(ordinary) - set(tokenizer.added_tokens_decoder))
+    starts = _starts(tokenizer)
     if not starts:
         raise CalibrationError("the tokenizer has no ordinary tokens that text could start with")
     first = torch.tensor(starts)[torch.randint(len(starts), (nsamples,), generator=torch.Generator().manual_seed(seed))]
     begin = torch.cat([Encoder(tokenizer).lead.expand(nsamples, -1), first[:, None]], 1)  # (nsamples, lead + 1)
-    return Beginnings(begin[:, :seqlen], seqlen, _LIKELIEST, torch.tensor(ordinary), seed)
+    return Beginnings(begin[:, :seqlen], seqlen, _LIKELIEST, torch.tensor(_ordinary(tokenizer)), seed)
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, given: CalibrationSet, nsamples: int, seed: int) -> Beginnings:
@@ -140,6 +145,11 @@ def write(
 def _ordinary(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that are text: the model may know more than its tokenizer, and special ones are not text."""
     return sorted(set(range(len(tokenizer))) - _special(tokenizer))
+
+
+def _starts(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Those that a text may start with."""
+    return sorted(set(_ordinary(tokenizer)) - set(tokenizer.added_tokens_decoder))
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -53,7 +53,8 @@ def walk(
     original = front.hidden(tokens, beside)
     left = Left("left", len(tokens), settings)
     left_quantised = Left("left-quantised", len(tokens), settings) if settings.quantised_inputs else left
-    quantised = _copy(original, settings, "quantised") if settings.quantised_inputs else original
+    quantised = _room(original, settings, "quantised").copy_(original) if settings.quantised_inputs else original
+    spare: Tensor | None = None
     for index, name in enumerate(block_names):
         module = skeleton.model.get_submodule(name)
         if not front.runs(index):
@@ -64,13 +65,15 @@ def walk(
         run = _runner(forward, front, index, left_quantised)
         inputs = quantised
         # Without a chain of its own the original's output is the next input: two stores take turns.
-        targets = original if settings.quantised_inputs else _copy(original, settings, f"targets-{index % 2}")
+        targets = original
+        if not settings.quantised_inputs:
+            targets = _room(original, settings, "spare") if spare is None else spare
         _forward(_runner(forward, front, index, left, keep=True), original, targets, settings)
         yield LoadedBlock(index, name, module, run, linears_in(module, name + "."), inputs, targets)
         if settings.quantised_inputs:
             _forward(_runner(forward, front, index, left_quantised, keep=True), quantised, quantised, settings)
         else:
-            original = quantised = targets
+            spare, original, quantised = original, targets, targets
         skeleton.free(module, name)
 
 
@@ -98,8 +101,8 @@ def head_inputs(
                 yield rows, inputs
 
 
-def _copy(original: Tensor, settings: Walk, name: str) -> Tensor:
-    return store(original.shape, original.dtype, settings, name).copy_(original)
+def _room(like: Tensor, settings: Walk, name: str) -> Tensor:
+    return store(like.shape, like.dtype, settings, name)
 
 
 def _runner(forward: Callable[..., Any], front: Front, index: int, left: Left, *, keep: bool = False) -> Run:

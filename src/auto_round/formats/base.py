@@ -71,7 +71,8 @@ class CodedModel:
     there is to say about how it is packed. config: config.json without its quantization_config. checkpoint: all stored
     tensors, codes and others. layers: by name as in the file. block_lists: names of the lists of blocks.
     codes: the codes of a layer, raising FormatError where it has none that a `QTensor` holds. weight: a layer's
-    weight (out, in) float32. extra: the other files. settings: quantization_config or its like.
+    weight (out, in) float32. extra: the other files. settings: quantization_config or its like. not_in_config: what
+    the config leaves out, without which it describes another model.
     """
 
     path: Path
@@ -85,6 +86,7 @@ class CodedModel:
     weight: Callable[[str], Tensor]
     extra: tuple[Path, ...]
     settings: Mapping[str, Any]
+    not_in_config: str | None = None
 
 
 def takes_the_users(

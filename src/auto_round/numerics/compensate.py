@@ -16,6 +16,7 @@ from torch import Tensor
 from auto_round.errors import AutoRoundError
 
 DAMPING = 1e-3  # GPTQ's is 0.01: where one input is massive, that is more than all the others have
+SILENT = 1e-20  # a mean diagonal below it counts as this: all inputs may be 0
 COLUMNS = 128  # columns between two updates of the rest of the matrix
 SWEEPS = 2  # of coordinate descent: a third still gains a percent of the error
 ROWS = 1024  # rows of a moment that are put in order at a time, so that the copy needs no third matrix
@@ -49,7 +50,7 @@ def compensation(moment: Tensor, shrinkage: float) -> Compensation:
         for begin in range(0, len(order), ROWS):
             factor[begin : begin + ROWS] = moment[order[begin : begin + ROWS]][:, order]
         diagonal = factor.diagonal()
-        mean = diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
+        mean = diagonal.mean().clamp_min(SILENT)
         diagonal.mul_(1 + shrinkage).add_(mean * damping)
         damped = diagonal.clone()
         if _inverse_factor(factor):

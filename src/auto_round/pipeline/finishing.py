@@ -6,6 +6,7 @@ next token. Codes stay. More text than the blocks had helps here, since every sc
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from auto_round.runtime.device import peak_device_bytes, peak_resident_bytes
 from auto_round.runtime.events import BlockStats, Listener
 from auto_round.runtime.journal import Journal
 from auto_round.runtime.rng import generator_for
+from auto_round.tune.block import enlarged
 from auto_round.tune.scales import ScaleState
 
 FINISHED = "finished"  # the journal's title for layers with the scales of this stage; sorted behind those of the blocks
@@ -36,8 +38,8 @@ HELD = 0.0625  # share of the samples that is held out
 def finish(prepared: Prepared, journal: Journal, data: CalibrationSet, settings: Walk, listener: Listener) -> None:
     """Learn the scales of all layers in blocks and put them into the journal; an earlier start's steps are not redone.
 
-    data: the samples; the last 1/16 of them only judge. settings: see `Walk`; a step takes its batch size times the
-    recipe's accumulation. Raises AutoRoundError when the loss is not finite.
+    data: the samples; the last 1/16 of them only judge. settings: see `Walk`; a step takes as many samples as the
+    recipe says, in parts of the batch size there. Raises AutoRoundError when a step's loss is not finite.
     """
     if FINISHED not in journal:
         _Finisher(prepared, journal, data, settings, listener).run()
@@ -73,6 +75,9 @@ class _Finisher:
                     losses = [(self._held(chain, held), 0)]
                 except NoLogitsError as error:  # the blocks' codes are good without this stage
                     self._listener.warn(f"no finishing: {error}")
+                    return
+                if not math.isfinite(losses[0][0]):  # a model may rule tokens out by logits of minus infinity
+                    self._listener.warn("no finishing: the KL divergence from the original is not finite")
                     return
                 self._listener.note(f"finishing: KL divergence {losses[0][0]:.4f} on held-out samples before it")
                 self._keep_best()
@@ -123,13 +128,13 @@ class _Finisher:
     def _step(self, chain: Chain, rows: Tensor, iteration: int) -> float:
         recipe = self._recipe
         total, positions = 0.0, int(self._data.mask[rows].sum())
-        for part in rows.split(recipe.batch_size):
+        for part in rows.split(self._settings.batch_size):
             states = chain.forward(part, self._weight)
             final = states[-1].requires_grad_(True)
             total += self._divergence(chain, part, final, positions)
             assert final.grad is not None
             chain.backward(part, states, final.grad, self._weight, self._take)
-        if total - total != 0:
+        if not math.isfinite(total):
             raise AutoRoundError(f"finishing: the KL divergence is not finite at step {iteration + 1}")
         for state in self._layers.values():
             state.step(recipe.scale_lr(state.bits) * (1 - iteration / recipe.finish_iters), iteration + 1)
@@ -142,13 +147,14 @@ class _Finisher:
     def _held(self, chain: Chain, rows: Tensor) -> float:
         positions = int(self._data.mask[rows].sum())
         total = 0.0
-        for part in rows.split(self._recipe.batch_size):
+        for part in rows.split(self._settings.batch_size):
             final = chain.forward(part, self._weight)[-1]
             total += self._divergence(chain, part, final, positions)
         return total
 
     def _divergence(self, chain: Chain, rows: Tensor, final: Tensor, positions: int) -> float:
-        """KL(original || quantised) summed over real tokens / positions; its gradient is left in `final` if it asks."""
+        """KL(original || quantised) summed over real tokens / positions; its gradient, see `enlarged`, is left in
+        `final` if it asks."""
         original = chain.final[rows].to(final.device)
 
         def expected(tokens: slice) -> Tensor:
@@ -159,7 +165,9 @@ class _Finisher:
             with self._head(rounded=True):
                 return chain.logits(rows, final, tokens)
 
-        return float(kl_divergence(expected, found, self._data.mask[rows].to(final.device) / positions))
+        boost = enlarged(final.dtype, positions)
+        weights = self._data.mask[rows].to(final.device) * (boost / positions)
+        return float(kl_divergence(expected, found, weights)) / boost
 
     @contextmanager
     def _head(self, *, rounded: bool) -> Iterator[None]:

@@ -36,7 +36,7 @@ from auto_round.source.opening import Source, processor_of
 
 
 def make_ready(job: Job, formats: Sequence[Format], scratch: Path, listener: Listener) -> Ready:
-    """Everything that comes before the work: open, plan, calibrate, and sign.
+    """Everything that comes before the work: open, plan, calibrate, sign, and have the model write its own text.
 
     formats: those the result is meant for; a layer that one of them cannot hold is kept. scratch: where a model that is
     not a folder of safetensors is unpacked. Raises AutoRoundError of the right kind for whatever can be seen by now.
@@ -92,12 +92,14 @@ def run(job: Job, saving: Saving, work: Workspace, listener: Listener) -> RunRep
     done = None if saving.overwrite else published(work.target, ready, saving.formats)
     if done is not None:
         listener.note("nothing to do: this very job has been done already")
-        work.discard()
+        work.forget(ready.facts)
         return done
     check_free(work.target, overwrite=saving.overwrite)
-    work.claim(ready.facts, overwrite=saving.overwrite)
+    if not saving.overwrite:
+        work.check(ready.facts)
     check_space(prepared, saving, work)
     ready = written(ready, work.folder / WRITTEN, listener)
+    work.claim(ready.facts, overwrite=saving.overwrite)
     journal = Journal(work.blocks)
     try:
         return publish(quantise(ready, journal, work.folder, listener), saving, work, listener)

@@ -119,7 +119,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Ready:
-    """A prepared model with its calibration set (None where none is needed), and all that decides the result."""
+    """A prepared model with its calibration set (None where none is needed), and all that decides the result.
+
+    Facts are known before the model writes samples of its own: until then these are blank.
+    """
 
     prepared: Prepared
     calibration: CalibrationSet | None

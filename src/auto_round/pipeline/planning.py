@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -17,7 +18,7 @@ from auto_round.source.recast import output_name
 from auto_round.source.skeleton import Skeleton
 from auto_round.spec.blocks import BlockScheme
 from auto_round.spec.fusions import broken_fusions
-from auto_round.spec.plan import LinearShape, Plan, Rule, make_plan
+from auto_round.spec.plan import LayerPlan, LinearShape, Plan, Rule, make_plan
 from auto_round.spec.scheme import Scheme
 
 FUSIONS_TOLD = 4  # warnings about layers that runtimes merge; the rest are counted
@@ -59,6 +60,11 @@ def plan_layers(
 
     rules = _rules(job, skeleton, [shape.name for shape in outside], prescribed)
     plan = make_plan(inside, outside, lists, job.scheme, rules, refuse, prescribed, kept)
+    # No rule asks for what sees or hears; readers that convert every Linear must be told to leave it alone.
+    named = {layer.name for layer in plan.layers}
+    others = [shape for shape in _shapes(linears_in(skeleton.model)) if shape.name not in named]
+    left = [LayerPlan(s.name, s.out_features, s.in_features, None, "outside the blocks") for s in others]
+    plan = replace(plan, layers=(*plan.layers, *left))
     for output in formats:
         output.check(plan)
     return plan

@@ -19,6 +19,7 @@ from auto_round.runtime.device import release_cached
 from auto_round.runtime.durable import GO_ON, disk_errors
 from auto_round.runtime.events import Listener
 from auto_round.runtime.journal import Journal
+from auto_round.source.foreign import foreign
 
 
 def check(prepared: Prepared) -> None:
@@ -39,14 +40,15 @@ def written(ready: Ready, folder: Path, listener: Listener) -> Ready:
     if data is None:
         return ready
     recipe, seqlen = prepared.job.recipe, data.tokens.shape[1]
-    if blank := int(data.blank.sum()):
-        begin = out_of_nothing(_tokenizer(prepared), blank, seqlen, recipe.seed)
-        data = data.filled(_written(prepared, begin, seqlen, folder, listener))
-    if recipe.self_nsamples:
-        blocks = data.first(recipe.nsamples)
-        begin = pieces(_tokenizer(prepared), blocks, recipe.self_nsamples, recipe.seed)
-        texts = _written(prepared, begin, seqlen, folder, listener)
-        data = data.inserted(len(blocks.tokens), joined(texts, seqlen), "the model's own")
+    with foreign(f"{prepared.source.folder}: the model cannot write text"):
+        if blank := int(data.blank.sum()):
+            begin = out_of_nothing(_tokenizer(prepared), blank, seqlen, recipe.seed)
+            data = data.filled(_written(prepared, begin, seqlen, folder, listener))
+        if recipe.self_nsamples:
+            blocks = data.first(recipe.nsamples)
+            begin = pieces(_tokenizer(prepared), blocks, recipe.self_nsamples, recipe.seed)
+            texts = _written(prepared, begin, seqlen, folder, listener)
+            data = data.inserted(len(blocks.tokens), joined(texts, seqlen), "the model's own")
     samples, length = data.tokens.shape
     listener.note(f"calibration: {samples} samples of {length} tokens from {data.source}")
     return replace(ready, calibration=data)

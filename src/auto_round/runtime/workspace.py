@@ -58,30 +58,39 @@ class Workspace:
     def claim(self, facts: Facts, *, overwrite: bool) -> None:
         """Make this the folder of the job that `facts` (JSON values) describe, or find that it is already.
 
-        Finished blocks of another job are discarded when `overwrite`; else OutputError says in what the two differ.
-        Text that the model wrote belongs to no job and stays.
+        Work of another job is discarded when `overwrite`, but for text that the model wrote; else see `check`.
         """
-        plain = json.loads(json.dumps(facts))
+        if not overwrite:
+            self.check(facts)
+        if not self._is_of(facts):
+            self._discard_codes()
+            write_durably(self.folder / "job.json", json.dumps(facts, indent=1).encode())
+
+    def check(self, facts: Facts) -> None:
+        """Raise OutputError when another job's work is kept here, saying in what the two differ."""
         recorded = self.recorded()
-        if recorded == plain:
-            return
-        if recorded is not None and self.has_blocks() and not overwrite:
+        if recorded is not None and not self._is_of(facts):
             raise OutputError(
                 f"{self.target}: an unfinished run of another job is kept in {self.folder}. It differs in:\n"
-                + "\n".join(f"  {line}" for line in differences(recorded, plain))
+                + "\n".join(f"  {line}" for line in differences(recorded, json.loads(json.dumps(facts))))
                 + "\nFinish it with its own command, choose another output_dir, or discard it with --overwrite."
             )
-        self._discard_codes()
-        write_durably(self.folder / "job.json", json.dumps(plain, indent=1).encode())
+
+    def forget(self, facts: Facts) -> None:
+        """Remove what is left of a job that is done, not another's work."""
+        if self._is_of(facts):
+            self.discard()
+        elif self.recorded() is None:
+            self._discard_codes()
+
+    def _is_of(self, facts: Facts) -> bool:
+        plain: dict[str, Any] = json.loads(json.dumps(facts))
+        return self.recorded() == plain
 
     def discard(self) -> None:
         """Forget the work that is kept here."""
         self._discard_codes()
         shutil.rmtree(self.folder / WRITTEN, ignore_errors=True)
-
-    def has_blocks(self) -> bool:
-        """True when finished blocks are kept here; less than that is no work of anybody's."""
-        return any(self.blocks.glob("*.safetensors"))
 
     def _discard_codes(self) -> None:
         for leftover in (self.blocks, self.staging, self.folder / "activations"):
@@ -130,12 +139,11 @@ def workspace(target: Path) -> Iterator[Workspace]:
     """
     folder = work_folder(target)
     handle = _locked(folder)
-    work = Workspace(folder, target)
     try:
         _restore_replaced(folder, target)
-        yield work
+        yield Workspace(folder, target)
     finally:
-        if folder.is_dir() and not work.has_blocks():
+        if folder.is_dir() and not any(folder.glob("blocks/*.safetensors")):
             _clear(folder)
         os.close(handle)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,8 @@ NOT_COPIED = (
     "auto_round.json",
 )
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "LICENSE*", "README*")
+
+SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")  # how llama.cpp names the files of one model
 
 
 @dataclass(frozen=True)
@@ -132,27 +137,71 @@ def _folder_of(path: Path, title: str, scratch: Path) -> Path:
 
 
 def _save_loaded(model: PreTrainedModel, tokenizer: Any | None, folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed, whose model may have been another
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return folder
 
 
+def not_read(value: Callable[[str], Any], tensors: Collection[str]) -> str | None:
+    """What transformers leaves out when it reads a model from such a GGUF file, without a word; None for nothing.
+
+    value: of a key, None when it is not there. tensors: all names. Facts: transformers 5.24.
+    """
+    kind = value("general.architecture")
+    if value(f"{kind}.rope.scaling.type") not in (None, "none") or any(name.startswith("rope_f") for name in tensors):
+        return "the scaling of its positions (rope)"
+    if kind == "llama" and value(f"{kind}.expert_count"):
+        return "its experts"
+    if kind == "llama" and any(name.endswith("attn_q.bias") for name in tensors):
+        return "the biases of its attention"
+    return None
+
+
 def _unpack_gguf(file: Path, folder: Path) -> Path:
     """Turn a GGUF file into a folder through transformers, which holds the whole model in memory once."""
     try:
-        import gguf  # noqa: F401
+        from gguf import GGUFReader
     except ImportError:
         raise SourceError(f'{file}: reading GGUF needs the gguf package: pip install "auto-round[gguf]"') from None
+    if SHARD.search(file.name):
+        raise SourceError(
+            f"{file}: is a part of a model in several files, which transformers cannot read; put them into one with "
+            "llama.cpp's llama-gguf-split --merge, or start from the original model's folder"
+        )
+    try:
+        reader = GGUFReader(file)
+    except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{file}: not a GGUF file, or damaged: {error}") from None
+
+    def value(key: str) -> Any:
+        field = reader.get_field(key)
+        return None if field is None else field.contents()
+
+    lost = not_read(value, [tensor.name for tensor in reader.tensors])
+    if lost is not None:
+        raise SourceError(
+            f"{file}: transformers {transformers.__version__} does not read {lost}, so that another model would come "
+            "of it; start from the original model's folder"
+        )
     # Newer transformers keep GGUF weights packed unless told otherwise; older ones have no such class.
     keep_floats = {}
     if hasattr(transformers, "GgufConfig"):
         keep_floats["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype="bfloat16", **keep_floats)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype="bfloat16", output_loading_info=True, **keep_floats
+        )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except (ValueError, OSError, KeyError, NotImplementedError) as error:
         raise SourceError(f"{file}: transformers {transformers.__version__} cannot read it: {error}") from None
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise SourceError(
+            f"{file}: transformers {transformers.__version__} finds no values in it for {len(missing)} parameters of "
+            f"{type(model).__name__}, such as {missing[0]!r}; start from the original model's folder"
+        )
     return _save_loaded(model, tokenizer, folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,6 +80,14 @@ def square_error(output: Tensor, target: Tensor, weights: Tensor, *_: object) ->
     return (difference.square().flatten(2).mean(2) * weights).sum()
 
 
+def enlarged(dtype: torch.dtype, tokens: int) -> float:
+    """What a loss that is a mean over `tokens` is multiplied by before its gradient is taken: a power of two.
+
+    float16 ends at 6e-8, where such gradients are rounded to 0. Steps ask for their directions only.
+    """
+    return 2.0 ** round(math.log2(tokens)) if dtype == torch.float16 else 1.0
+
+
 @dataclass(frozen=True)
 class BlockTask:
     """One block to tune.
@@ -143,7 +152,7 @@ def tune_block(
         _write(task, layers)
         loss_start = loss()
     best, best_loss, kept = _snapshot(layers), loss_start, 0
-    if not all(map(_is_finite, (loss_plain, loss_start))):
+    if not (math.isfinite(loss_plain) and math.isfinite(loss_start)):
         raise AutoRoundError("the block's output is NaN or infinite on the calibration samples")
     checks = {max(1, round(share * recipe.iters)) for share in CHECKPOINTS} if recipe.iters else set()
     for iteration in _steps(task, layers, activations, recipe, train, generator, device, on_step):
@@ -171,10 +180,6 @@ def _tokens(activations: Activations, rows: Tensor) -> int:
     if activations.mask is None:
         return len(rows) * activations.targets.shape[1]
     return max(1, int(activations.mask[rows].sum()))
-
-
-def _is_finite(value: float) -> bool:
-    return value - value == 0
 
 
 @torch.no_grad()
@@ -277,11 +282,11 @@ def _steps(
                 queue = train[torch.randperm(len(train), generator=generator)]
             rows, queue = queue[:per_step], queue[per_step:]
             tokens = _tokens(activations, rows)
-            total = torch.zeros((), device=device)
+            total, boost = torch.zeros((), device=device), enlarged(activations.inputs.dtype, tokens)
             for batch in rows.split(recipe.batch_size):
                 inputs, targets, weights = activations.pick(batch, device)
                 loss = task.loss(task.run(inputs, batch), targets, weights, batch, iteration) / tokens
-                loss.backward()
+                (loss * boost).backward()
                 total += loss.detach()
             share = 1 - iteration / recipe.iters
             with torch.no_grad():

@@ -102,8 +102,10 @@ class Moments:
         if name in self._left or (name not in self._sums and not self._fits(inputs.shape[-1])):
             self._left.add(name)
             return
-        rows = inputs[self.mask] if self.mask is not None and inputs.shape[:-1] == self.mask.shape else inputs
-        rows = rows.reshape(-1, rows.shape[-1]).float()
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        if self.mask is not None and len(rows) == self.mask.numel():  # an expert is given some tokens only
+            rows = rows[self.mask.flatten()]
+        rows = rows.float()
         if name not in self._sums:
             self._sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
             self._tokens[name] = 0

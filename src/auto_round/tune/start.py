@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from auto_round.numerics.compensate import Compensation, compensation, offsets_for
+from auto_round.numerics.compensate import SILENT, Compensation, compensation, offsets_for
 from auto_round.numerics.groups import expand_groups, to_groups
 from auto_round.numerics.integer import asym_grid, asym_range, storable, sym_anchor
 from auto_round.numerics.search import search_asym, search_sym
@@ -62,7 +62,7 @@ def shrinkage_of(moment: Moment) -> float:
 def importance_of(moment: Tensor) -> Tensor:
     """Diagonal of the second moment, with a floor so that silent channels still count a little."""
     diagonal = moment.diagonal()
-    return diagonal + 1e-3 * diagonal.mean() + torch.finfo(torch.float32).tiny
+    return diagonal + 1e-3 * diagonal.mean() + SILENT
 
 
 def plain_grid(grouped: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ Both go once into a folder of safetensors, so that everything which works on a `
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,9 @@ from auto_round.formats.gguf.mixing import FILE_TYPES
 from auto_round.formats.gguf.reader import GgufFile, read_parts
 from auto_round.qtensor import BlockTensor, QTensor, from_blocks
 from auto_round.source.checkpoint import Checkpoint
-from auto_round.source.opening import extra_files
+from auto_round.source.opening import SHARD, extra_files, not_read
 from auto_round.spec.blocks import BlockScheme, integer_of
 
-SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 AT_ONCE = 1 << 28  # bytes of tensors in memory while unpacking
 
 
@@ -44,7 +42,7 @@ def open_file(path: Path, scratch: Path) -> CodedModel | None:
     files = _shards(first)
     folder = scratch / "gguf"
     folder.mkdir(parents=True, exist_ok=True)
-    config = _describe(first, folder)
+    config = _describe(files[0].file, folder)
     layers, kinds = _unpack(files, folder)
     checkpoint = Checkpoint(folder)
 
@@ -74,6 +72,7 @@ def open_file(path: Path, scratch: Path) -> CodedModel | None:
         weight=weight,
         extra=extra_files(folder),
         settings={"quant_method": "gguf", "file_type": known, **_provenance(files[0])},
+        not_in_config=not_read(files[0].value, [name for file in files for name in file.tensors]),
     )
 
 

@@ -142,8 +142,8 @@ def read_parts(file: GgufFile, first: GgufFile | None = None) -> Iterator[tuple[
     for name in file.tensors:
         base, _, suffix = name.rpartition(".")
         if base not in modules:
-            if name.startswith("rope_f"):  # transformers computes these from the config
-                continue
+            if name.startswith("rope_f"):
+                continue  # see `not_read`
             raise FormatError(f"{file.file}: tensor {name!r} is not known in architecture {row.arch.name.lower()}")
         module, order, blocks = modules[base], row_order(keys, file, name), file.blocks(name)
         experts = keys.number("expert_count") if "_exps" in name else 1
