@@ -10,7 +10,9 @@ import pytest
 import torch
 import transformers as t
 from torch import Tensor, nn
+from transformers.quantizers.quantizers_utils import should_convert_module
 
+from auto_round import AutoRound
 from auto_round.calibrate.front import Walk
 from auto_round.calibrate.walker import walk
 from auto_round.errors import CalibrationError, SourceError, SpecError
@@ -158,6 +160,21 @@ def test_answers_about_an_image_are_those_of_the_dequantised_model(name: str, tm
     torch.testing.assert_close(logits_of(loaded, **asked), logits_of(expected, **asked), rtol=1e-4, atol=1e-4)
     assert (logits_of(loaded, **asked) - before).abs().max() > 1e-3
     assert (tmp_path / "out" / "preprocessor_config.json").is_file()
+
+
+@pytest.mark.parametrize("format", ["auto_awq", "llm_compressor"])
+def test_readers_that_convert_every_linear_are_told_to_leave_vision_alone(format: str, tmp_path: Path) -> None:
+    config, _ = MODELS["llava"]
+    tiny(config, t.AutoModelForImageTextToText).save_pretrained(tmp_path / "plain")
+    AutoRound(tmp_path / "plain", recipe="rtn", group_size=32, device="cpu").quantize_and_save(
+        tmp_path / "out", format, enable_check=False
+    )
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    left = settings["modules_to_not_convert" if format == "auto_awq" else "ignore"]
+    linears = {name for name, module in opened(tmp_path / "plain").named_modules() if isinstance(module, nn.Linear)}
+    inside = {name for name in linears if ".language_model." in f".{name}" and ".layers." in name}
+    assert inside < linears
+    assert {name for name in linears if should_convert_module(name, left)} == inside
 
 
 def test_vision_is_quantised_when_asked(tmp_path: Path) -> None:

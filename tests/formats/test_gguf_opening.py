@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from auto_round import AutoRound
 from auto_round.cli.dispatch import dispatch
 from auto_round.conversion import convert
-from auto_round.errors import FormatError
+from auto_round.errors import FormatError, SourceError
 from auto_round.formats import open_coded
 from auto_round.formats.gguf.reader import GgufFile, read_floats, read_layers
 from auto_round.load import load_qtensors
@@ -88,6 +88,31 @@ def test_a_missing_shard_is_named(sources: dict[str, Path], tmp_path: Path) -> N
     files[1].unlink()
     with pytest.raises(FormatError, match=files[1].name):
         open_coded(files[0], tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [("llama3", r"the scaling of its positions"), ("mixtral", "its experts"), ("llama", "the biases of its attention")],
+)
+def test_files_of_which_another_model_would_come_are_refused(name: str, lost: str, tmp_path: Path) -> None:
+    file = quantised(tiny_model(name, tmp_path / "in"), tmp_path / "out", "q8_0")
+    assert inspect(file).layers
+    with pytest.raises(FormatError, match=f"does not read {lost} from GGUF"):
+        convert(file, tmp_path / "converted", "auto_round")
+    with pytest.raises(SourceError, match=rf"does not read {lost}.*the original model's folder"):
+        AutoRound(file, recipe="rtn", device="cpu").quantize_and_save(tmp_path / "again")
+
+
+def test_files_whose_weights_transformers_does_not_find_are_refused(sources: dict[str, Path], tmp_path: Path) -> None:
+    AutoRound(sources["qwen2"], recipe="rtn", device="cpu").quantize_and_save(
+        tmp_path / "out", format="gguf:q8_0", max_shard_size="60KB"
+    )
+    part = min((tmp_path / "out").glob("*.gguf"))
+    with pytest.raises(SourceError, match="is a part of a model in several files"):
+        AutoRound(part, recipe="rtn", device="cpu").quantize_and_save(tmp_path / "again")
+    alone = part.rename(part.with_name("alone.gguf"))
+    with pytest.raises(SourceError, match=r"finds no values in it for \d+ parameters of Qwen2ForCausalLM"):
+        AutoRound(alone, recipe="rtn", device="cpu").quantize_and_save(tmp_path / "again")
 
 
 def test_a_file_is_inspected(wide: Path) -> None:

@@ -151,7 +151,7 @@ def not_read(value: Callable[[str], Any], tensors: Collection[str]) -> str | Non
     """
     kind = value("general.architecture")
     if value(f"{kind}.rope.scaling.type") not in (None, "none") or any(name.startswith("rope_f") for name in tensors):
-        return "the scaling of its positions (rope)"
+        return "the scaling of its positions"
     if kind == "llama" and value(f"{kind}.expert_count"):
         return "its experts"
     if kind == "llama" and any(name.endswith("attn_q.bias") for name in tensors):
