@@ -50,7 +50,10 @@ def test_the_forecast_lists_every_layer_and_writes_nothing(llama_folder: Path, t
     assert 0 < forecast.total_seconds < 600
 
 
-def test_samples_that_the_model_writes_take_time_of_their_own(llama_folder: Path, tmp_path: Path) -> None:
+def test_samples_that_the_model_writes_take_time_of_their_own(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("auto_round.pipeline.needs.resident_bytes", lambda: 500_000_000)
     plain, more, most = (
         AutoRound(llama_folder, self_nsamples=count, **killing.SETTINGS).plan(tmp_path / "out")
         for count in (0, 8, 4096)
@@ -109,13 +112,16 @@ def test_a_kept_part_of_a_fused_matrix_is_a_conflict() -> None:
     assert "v_proj kept" in sentence
 
 
-def test_memory_that_is_short_is_met_or_refused(llama_folder: Path, tmp_path: Path) -> None:
+def test_memory_that_is_short_is_met_or_refused(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What this process itself holds moves by tens of megabytes from one call to the next.
+    monkeypatch.setattr("auto_round.pipeline.needs.resident_bytes", lambda: 500_000_000)
     wide = tiny_llama(max_position_embeddings=4096)
     wide.save_pretrained(tmp_path / "wide")
     settings = {**killing.SETTINGS, "seqlen": 2048, "nsamples": 64, "batch_size": 8}
     free = AutoRound(tmp_path / "wide", **settings).plan(tmp_path / "out")
     assert (free.activations, free.samples_per_forward) == ("in memory", 8)
-    # What this process itself holds moves by tens of megabytes from one call to the next.
     limit = free.memory["tuning"] - 2 * 64 * 2048 * 96 * 4 - 40_000_000
     less = AutoRound(tmp_path / "wide", max_memory=limit, **settings).plan(tmp_path / "out")
     assert (less.activations, less.samples_per_forward) == ("on disk", 4)
