@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from auto_round import AutoRound, AutoRoundConfig
 from auto_round.errors import SpecError
-from auto_round.load import fused_of
+from auto_round.load import fused_of, load_qtensors
 from auto_round.pipeline import runner
 from auto_round.spec.plan import Plan
 from auto_round.tune.block import BlockTask, TunedBlock, tune_block
@@ -215,6 +215,27 @@ def test_mixed_bits_are_found_under_the_model_s_and_the_file_s_names(name: str, 
     fake = t.AutoModelForCausalLM.from_pretrained(tmp_path / "fake", dtype=torch.float32)
     for layer, parameter in expected.named_parameters():
         assert (fake.get_parameter(layer) - parameter).norm() < 0.4 * parameter.norm() + 1e-6, layer
+
+
+@pytest.mark.parametrize("format", ["auto_awq", "llm_compressor"])
+def test_a_conv1d_is_not_written_for_readers_that_leave_it_out(format: str, tmp_path: Path) -> None:
+    tiny(CONFIGS["gpt2"]).save_pretrained(tmp_path / "plain")
+    with pytest.raises(SpecError, match=f"it is a Conv1D, and readers of {format} look for Linears only"):
+        AutoRound(tmp_path / "plain", group_size=32, device="cpu").quantize_and_save(tmp_path / "out", format)
+
+
+def test_every_format_finds_mixed_bits_in_a_checkpoint_of_the_bare_model(tmp_path: Path) -> None:
+    tiny(t.LlamaConfig(**{**HEAD, "tie_word_embeddings": True})).model.save_pretrained(tmp_path / "plain")  # layers.0
+    rules = {"*.layers.0.mlp.up_proj": {"bits": 8}, "*.layers.1.mlp.up_proj": "keep"}
+    names = ["auto_round", "auto_gptq", "gptq_v2", "llm_compressor"]
+    AutoRound(tmp_path / "plain", recipe="rtn", group_size=32, device="cpu", layer_config=rules).quantize_and_save(
+        tmp_path / "out", names, enable_check=False
+    )
+    for name in names:
+        found = dict(load_qtensors(tmp_path / "out" / name))
+        assert found["layers.0.mlp.up_proj"].scheme.bits == 8
+        assert "layers.1.mlp.up_proj" not in found
+        assert found["layers.1.mlp.down_proj"].scheme.bits == 4
 
 
 def test_experts_that_no_token_reaches_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tests.conftest import VOCABULARY, tiny_llama
 from tests.formats.coded import CODED, codes, quantised, reconfigure, rewrite, same_codes, with_act_order
-from transformers import AutoModelForCausalLM, AutoRoundConfig
+from transformers import AutoModel, AutoModelForCausalLM, AutoRoundConfig
 
 from auto_round import AutoRound
 from auto_round.conversion import convert
@@ -230,6 +230,34 @@ def test_mixed_bits_kept_layers_and_a_quantised_head(llama_folder: Path, tmp_pat
         torch.testing.assert_close(logits(model), logits(dense(folder / format)), atol=1e-5, rtol=1e-5)
     convert(folder / format, tmp_path / "back", "auto_round")
     assert same_codes(tmp_path / "back", folder / "auto_round")
+
+
+@pytest.mark.parametrize("format", ["auto_round", "auto_gptq", "auto_awq"])
+def test_the_bare_model_opens_as_embedding_models_are(sym: Path, format: str) -> None:
+    bare, whole = (
+        opener.from_pretrained(
+            sym / format, quantization_config=AutoRoundConfig(), dtype=torch.float32, device_map="cpu"
+        )
+        for opener in (AutoModel, AutoModelForCausalLM)
+    )
+    with torch.no_grad():
+        found, expected = bare(IDS).last_hidden_state, whole.model(IDS).last_hidden_state
+    torch.testing.assert_close(found, expected)
+    assert type(bare.layers[0].mlp.up_proj) is not torch.nn.Linear
+
+
+def test_a_pattern_among_targets_goes_before_a_class(llama_folder: Path, tmp_path: Path) -> None:
+    rules = {"*.down_proj": {"bits": 8}}
+    folder = quantised(llama_folder, tmp_path / "out", "auto_round,llm_compressor", layer_config=rules)
+    file = folder / "llm_compressor" / "config.json"
+    config = json.loads(file.read_text())
+    groups = config["quantization_config"]["config_groups"]
+    for group in groups.values():
+        group["targets"] = ["Linear"] if group["weights"]["num_bits"] == 4 else ["re:.*down_proj"]
+    four = next(name for name, group in groups.items() if group["targets"] == ["Linear"])
+    config["quantization_config"]["config_groups"] = {four: groups[four], **groups}
+    file.write_text(json.dumps(config))
+    assert same_codes(folder / "llm_compressor", folder / "auto_round")
 
 
 def test_a_layer_kept_in_every_block_is_said_in_transformers_way_too(llama_folder: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from auto_round.formats.base import CodedModel, Export, takes_the_users
+from auto_round.formats.base import CodedModel, Export, other_names, takes_the_users
 from auto_round.formats.config import LAYOUTS, CheckpointConfig
 from auto_round.formats.folder import folder_sizes, method_of, open_folder, prove_codes, read_settings, write_folder
 from auto_round.formats.layouts import AWQ, GPTQ_RAW
@@ -79,6 +79,7 @@ class AutoRoundFormat:
 
     name = "auto_round"
     holds_act_order = False
+    holds_conv1d = True
     prescribe = takes_the_users
 
     def refuse(self, shape: LinearShape, scheme: Scheme) -> str | None:
@@ -100,9 +101,7 @@ class AutoRoundFormat:
         """Write weights, config.json, quantization_config.json and the source's other files into `folder`."""
         config = quantization_config(export.plan, export.provenance)
         extra = config.get("extra_config", {})
-        # Some readers ask by the names of the model's layers, others by those of the tensors.
-        stored = {name: tensor.removesuffix(".weight") for name, tensor in export.stored_names.items() if name in extra}
-        extra.update({tensor: extra[name] for name, tensor in stored.items()})
+        extra.update({other: extra[name] for name, other in other_names(export).items() if name in extra})
         layout = LAYOUTS[config["packing_format"]]
         write_folder(export, folder, largest_shard, layout, config, "quantization_config.json")
 

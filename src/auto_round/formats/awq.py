@@ -28,6 +28,7 @@ class AwqFormat:
 
     name = "auto_awq"
     holds_act_order = False
+    holds_conv1d = False
     prescribe = takes_the_users
 
     def refuse(self, shape: LinearShape, scheme: Scheme) -> str | None:

@@ -45,6 +45,12 @@ class Export:
     blocks: Callable[[str], BlockTensor] | None = None
 
 
+def other_names(export: Export) -> dict[str, str]:
+    """Layer -> the name under which its tensors lie, where that is another: some readers ask by this one."""
+    stored = {name: tensor.removesuffix(".weight") for name, tensor in export.stored_names.items()}
+    return {name: tensor for name, tensor in stored.items() if tensor != name}
+
+
 @dataclass(frozen=True)
 class CodedLayer:
     """One quantised layer as it lies in its files.
@@ -97,10 +103,12 @@ def takes_the_users(
 
 
 class Format(Protocol):
-    """One format. `name` is what users type; holds_act_order: its codes may have a g_idx."""
+    """One format. `name` is what users type; holds_act_order: its codes may have a g_idx. holds_conv1d: its readers
+    put a quantised layer also in the place of GPT-2's Conv1D, not of Linears alone."""
 
     name: str
     holds_act_order: bool
+    holds_conv1d: bool
 
     def prescribe(
         self, layers: Sequence[LinearShape], config: Mapping[str, Any], tokenizer: Any | None

@@ -108,10 +108,10 @@ class CheckpointConfig:
     def resolve(self, names: Sequence[str], blocks: Sequence[str] = ("",)) -> dict[str, Scheme | None]:
         """Return for each layer its scheme, or None to keep it.
 
-        names: all candidates, which may lack the first parts that the keys of extra_config have, as files of a bare
-        base model do. blocks: names of block lists or blocks; "" is the whole model.
+        names: all candidates, which may lack the first parts that blocks and the keys of extra_config have, as a bare
+        base model does. blocks: names of block lists or blocks; "" is the whole model.
         """
-        known = set(names)
+        known, blocks = set(names), [_block_among(block, names) for block in blocks]
         exact = {tail: scheme for key, scheme in self.extra.items() if (tail := _known_tail(key, known)) is not None}
         patterns = {key: scheme for key, scheme in self.extra.items() if _known_tail(key, known) is None}
         return {name: exact[name] if name in exact else self._scheme_of(name, patterns, blocks) for name in names}
@@ -138,6 +138,13 @@ def _known_tail(key: str, known: set[str]) -> str | None:
     """`key`, or the longest dotted end of it, that is in `known`."""
     parts = key.split(".")
     return next((tail for i in range(len(parts)) if (tail := ".".join(parts[i:])) in known), None)
+
+
+def _block_among(block: str, names: Sequence[str]) -> str:
+    """`block`, or the longest dotted end of it, in which some of `names` lie; `block` when there is none."""
+    parts = block.split(".")
+    tails = (".".join(parts[i:]) for i in range(len(parts)))
+    return next((tail for tail in tails if any(name.startswith(f"{tail}.") for name in names)), block)
 
 
 def _packing_and_backend(values: Mapping[str, Any]) -> tuple[str, bool, str]:

@@ -28,6 +28,7 @@ class FakeFormat:
 
     name = "fake"
     holds_act_order = True
+    holds_conv1d = True
     prescribe = takes_the_users
 
     def refuse(self, shape: LinearShape, scheme: Scheme) -> str | None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from auto_round.formats.base import CodedModel, Export, takes_the_users
+from auto_round.formats.base import CodedModel, Export, other_names, takes_the_users
 from auto_round.formats.config import GPTQ_V1, LAYOUTS, RAW, CheckpointConfig
 from auto_round.formats.folder import folder_sizes, method_of, open_folder, prove_codes, read_settings, write_folder
 from auto_round.formats.layouts import GPTQ_RAW_INDEXED, GPTQ_V1_INDEXED
@@ -31,6 +31,7 @@ class GptqFormat:
     """Writer and reader of one of the two versions."""
 
     holds_act_order = True
+    holds_conv1d = True
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -52,6 +53,10 @@ class GptqFormat:
     def write(self, export: Export, folder: Path, largest_shard: int) -> None:
         """Write weights, config.json, quantize_config.json and the source's other files into `folder`."""
         settings = {**self.settings(export.plan), "desc_act": export.act_order, **export.provenance}
+        dynamic = settings.get("dynamic", {})
+        for name, other in other_names(export).items():
+            if (key := f"+:{_exactly(name)}") in dynamic:
+                dynamic[f"+:{_exactly(other)}"] = dynamic[key]
         write_folder(export, folder, largest_shard, self._layout, settings, "quantize_config.json")
 
     def settings(self, plan: Plan) -> dict[str, Any]:
@@ -101,7 +106,7 @@ class GptqFormat:
 
 def _dynamic(layer: LayerPlan, plan: Plan, blocks: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """The entry that a layer needs, if any: anchored at both ends, so that it is found in no longer name."""
-    pattern = f"^{re.escape(layer.name)}$"
+    pattern = _exactly(layer.name)
     inside = layer.name.startswith(blocks)
     if layer.scheme is None:
         return {f"-:{pattern}": {}} if inside else {}
@@ -109,6 +114,10 @@ def _dynamic(layer: LayerPlan, plan: Plan, blocks: tuple[str, ...]) -> dict[str,
         return {}
     scheme = layer.scheme
     return {f"+:{pattern}": {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.sym}}
+
+
+def _exactly(name: str) -> str:
+    return f"^{re.escape(name)}$"
 
 
 def _names_in_every_block(plan: Plan, blocks: tuple[str, ...]) -> list[str] | None:

@@ -1,8 +1,8 @@
 """compressed-tensors folders in format pack-quantized: ``quant_method: "compressed-tensors"``, int4 and int8.
 
-One config group a scheme. A layer belongs to the first group one of whose targets is its class ("Linear"), its full
-name, or ``re:`` and a regular expression that matches its name from the start; unless ``ignore`` names it in one of
-these ways. Facts: compressed-tensors 0.20.
+One config group a scheme. A layer belongs to the first group that has its full name among its targets; else to the
+first with ``re:`` and a regular expression that matches its name from the start; else to the first with its class
+("Linear"). Unless ``ignore`` names it in one of these ways. Facts: compressed-tensors 0.20.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from auto_round.errors import FormatError, SpecError
-from auto_round.formats.base import CodedModel, Export, takes_the_users
+from auto_round.formats.base import CodedModel, Export, other_names, takes_the_users
 from auto_round.formats.folder import folder_sizes, method_of, open_folder, prove_codes, read_settings, write_folder
 from auto_round.formats.layouts import COMPRESSED
 from auto_round.spec.blocks import not_integer
@@ -28,7 +28,7 @@ HEAD = "lm_head"
 
 @dataclass(frozen=True)
 class CompressedConfig:
-    """A parsed quantization_config. groups: (targets, scheme), the first that fits counts; ignore: names kept."""
+    """A parsed quantization_config. groups: (targets, scheme); ignore: names kept."""
 
     groups: tuple[tuple[tuple[str, ...], Scheme], ...]
     ignore: tuple[str, ...]
@@ -56,15 +56,25 @@ class CompressedConfig:
         return {name: self._scheme_of(name) for name in names}
 
     def _scheme_of(self, name: str) -> Scheme | None:
-        if any(_is_target(name, target) for target in self.ignore):
+        if any(fits(name, target) for fits in _FITS for target in self.ignore):
             return None
-        return next((s for targets, s in self.groups if any(_is_target(name, t) for t in targets)), None)
+        fitting = (s for fits in _FITS for targets, s in self.groups if any(fits(name, t) for t in targets))
+        return next(fitting, None)
 
 
-def _is_target(name: str, target: str) -> bool:
-    if target.startswith("re:"):
-        return re.match(target[3:], name) is not None
-    return target in ("Linear", name)
+def _by_name(name: str, target: str) -> bool:
+    return target == name
+
+
+def _by_pattern(name: str, target: str) -> bool:
+    return target.startswith("re:") and re.match(target[3:], name) is not None
+
+
+def _by_class(_: str, target: str) -> bool:
+    return target == "Linear"
+
+
+_FITS = (_by_name, _by_pattern, _by_class)  # what counts first, first
 
 
 def _scheme(weights: Mapping[str, Any], where: str) -> Scheme:
@@ -88,6 +98,7 @@ class CompressedFormat:
 
     name = "llm_compressor"
     holds_act_order = False
+    holds_conv1d = False
     prescribe = takes_the_users
 
     def refuse(self, shape: LinearShape, scheme: Scheme) -> str | None:
@@ -105,7 +116,10 @@ class CompressedFormat:
 
     def write(self, export: Export, folder: Path, largest_shard: int) -> None:
         """Write weights, config.json and the source's other files into `folder`."""
-        write_folder(export, folder, largest_shard, COMPRESSED, {**self.settings(export.plan), **export.provenance})
+        settings, others = self.settings(export.plan), other_names(export)
+        for group in settings["config_groups"].values():
+            group["targets"] += [others[name] for name in group["targets"] if name in others]
+        write_folder(export, folder, largest_shard, COMPRESSED, {**settings, **export.provenance})
 
     def settings(self, plan: Plan) -> dict[str, Any]:
         """The quantization_config of a plan, without provenance."""

@@ -56,6 +56,9 @@ def plan_layers(
             return "transformers renames this model's tensors in a way that packed ones cannot follow"
         if dense and skeleton.is_stacked(shape.name):
             return "its weight is stored in one stack with those of other experts, which this format does not write"
+        narrow = next((f.name for f in formats if not f.holds_conv1d), None)
+        if narrow is not None and skeleton.is_conv1d(shape.name):
+            return f"it is a Conv1D, and readers of {narrow} look for Linears only"
         return next((reason for f in formats if (reason := f.refuse(shape, scheme))), None)
 
     rules = _rules(job, skeleton, [shape.name for shape in outside], prescribed)

@@ -56,13 +56,8 @@ def export_of(prepared: Prepared, data: CalibrationSet | None, tensor: Callable[
         title=prepared.source.title,
         tokenizer=prepared.source.tokenizer,
         blocks=lambda name: to_blocks(tensor(name)),
-        transposed=frozenset(n for n in prepared.plan.quantised if _is_transposed(prepared, n)),
+        transposed=frozenset(name for name in prepared.plan.quantised if prepared.skeleton.is_conv1d(name)),
     )
-
-
-def _is_transposed(prepared: Prepared, name: str) -> bool:
-    view = prepared.skeleton.slices.get(f"{name}.weight")
-    return view is not None and view.transposed and view.expert is None
 
 
 def _config(prepared: Prepared) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def _unpack_gguf(file: Path, folder: Path) -> Path:
         from gguf import GGUFReader
     except ImportError:
         raise SourceError(f'{file}: reading GGUF needs the gguf package: pip install "auto-round[gguf]"') from None
-    if SHARD.search(file.name):
+    if (part := SHARD.search(file.name)) and int(part[2]) > 1:
         raise SourceError(
             f"{file}: is a part of a model in several files, which transformers cannot read; put them into one with "
             "llama.cpp's llama-gguf-split --merge, or start from the original model's folder"

@@ -75,6 +75,11 @@ class Skeleton:
         view = self.slices.get(f"{layer}.weight")
         return view is not None and view.expert is not None and f"{layer}.weight" not in self.naming.merged
 
+    def is_conv1d(self, layer: str) -> bool:
+        """True when `layer` is a Conv1D of the model, whose tensor is the transposed weight."""
+        view = self.slices.get(f"{layer}.weight")
+        return view is not None and view.transposed and view.expert is None
+
     def sources(self, name: str) -> list[str]:
         """All tensors of the checkpoint from which the parameter `name` is read."""
         if name in self.naming.merged:

@@ -52,6 +52,7 @@ class GgufFormat:
     """Writer and reader of one file type, such as q4_k_m."""
 
     holds_act_order = False
+    holds_conv1d = True
 
     def __init__(self, file_type: str) -> None:
         self.file_type = file_type
