@@ -17,6 +17,7 @@ from auto_round.pipeline import finishing, runner
 from auto_round.report.record import RunReport
 from auto_round.tune.block import token_weights
 from tests.conftest import VOCABULARY, tiny_llama, tiny_xlnet
+from tests.test_short_memory import Device
 
 SAMPLES = torch.randint(3, VOCABULARY, (32, 24), generator=torch.Generator().manual_seed(3))
 
@@ -132,17 +133,10 @@ def test_short_memory_takes_the_same_steps_in_parts(
     loud: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tuner(loud, finish_iters=4).quantize_and_save(tmp_path / "whole")
-    tune, sizes = runner.tune_block, list[int]()
-
-    def small(task: Any, activations: Any, recipe: Any, *rest: Any) -> Any:
-        sizes.append(recipe.batch_size)
-        if recipe.batch_size > 2:
-            raise torch.cuda.OutOfMemoryError("out of memory")
-        return tune(task, activations, recipe, *rest)
-
-    monkeypatch.setattr(runner, "tune_block", small)
+    device = Device(2)
+    monkeypatch.setattr(runner, "tune_block", device)
     tuner(loud, finish_iters=4).quantize_and_save(tmp_path / "parts")
-    assert sizes[:2] == [4, 2]
+    assert device.tried[:2] == [4, 2]
     whole, parts = (dict(load_qtensors(tmp_path / name)) for name in ("whole", "parts"))
     for name, tensor in whole.items():
         torch.testing.assert_close(tensor.scales, parts[name].scales, rtol=2e-3, atol=0)

@@ -72,7 +72,7 @@ class Workspace:
         if recorded is not None and not self._is_of(facts):
             raise OutputError(
                 f"{self.target}: an unfinished run of another job is kept in {self.folder}. It differs in:\n"
-                + "\n".join(f"  {line}" for line in differences(recorded, json.loads(json.dumps(facts))))
+                + "\n".join(f"  {line}" for line in differences(recorded, _plain(facts)))
                 + "\nFinish it with its own command, choose another output_dir, or discard it with --overwrite."
             )
 
@@ -84,8 +84,7 @@ class Workspace:
             self._discard_codes()
 
     def _is_of(self, facts: Facts) -> bool:
-        plain: dict[str, Any] = json.loads(json.dumps(facts))
-        return self.recorded() == plain
+        return self.recorded() == _plain(facts)
 
     def discard(self) -> None:
         """Forget the work that is kept here."""
@@ -191,6 +190,12 @@ def _restore_replaced(folder: Path, target: Path) -> None:
             shutil.rmtree(replaced)
         else:
             replaced.rename(target)
+
+
+def _plain(facts: Facts) -> dict[str, Any]:
+    """As they are read back from JSON: tuples are lists there."""
+    plain: dict[str, Any] = json.loads(json.dumps(facts))
+    return plain
 
 
 def differences(recorded: Facts, wanted: Facts, limit: int = 6) -> list[str]:
