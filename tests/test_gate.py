@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from auto_round import AutoRound
 from auto_round.errors import CheckError
 from auto_round.evaluate.metrics import compare, evaluate_tokens, held_out_text
+from auto_round.pipeline import gate
 from tests.conftest import VOCABULARY, tiny_llama, tiny_tokenizer, tiny_xlnet
 
 RTN: dict[str, Any] = {"group_size": 32, "recipe": "rtn", "device": "cpu", "compute_dtype": "float32"}
@@ -55,6 +56,10 @@ def test_a_bad_result_fails_names_its_worst_block_and_stays(sharp: Path, tmp_pat
     assert "--max_kl" in str(error.value)
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert sorted(item.name for item in tmp_path.iterdir()) == ["out"]
+    tuner = AutoRound(sharp, bits=2, layer_config=rules, **RTN)
+    with pytest.raises(CheckError, match="block by block: KL"):  # nothing is to be done, and it is as bad as before
+        tuner.quantize_and_save(tmp_path / "out", max_kl=0.01)
+    assert tuner.quantize_and_save(tmp_path / "out", max_kl=50).check is not None
     AutoRound(sharp, bits=2, **RTN).quantize_and_save(tmp_path / "off", enable_check=False, max_kl=0.01)
 
 
@@ -82,3 +87,17 @@ def test_a_model_that_shows_no_logits_is_written_all_the_same(tmp_path: Path, ca
     assert report.check is None
     assert "not compared with the original: XLNetLMHeadModel gave no logits" in caplog.text
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_device_too_small_for_the_whole_result_says_nothing_against_it(
+    sharp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(gate, "_through_transformers", full)
+    report = AutoRound(sharp, bits=8, **RTN).quantize_and_save(tmp_path / "out")
+    assert report.check is not None
+    assert [finding["opened"] for finding in report.check["findings"]] == ["block by block"]
+    assert report.check["notes"] == ["auto_round: not opened through transformers: it needs more memory than cpu has"]
+    assert report.check["faults"] == []

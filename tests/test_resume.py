@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 
 from auto_round import AutoRound
+from auto_round.calibrate import corpora
+from auto_round.calibrate.documents import Corpus
+from auto_round.conversion import convert
 from auto_round.errors import OutputError
 from auto_round.runtime.workspace import work_folder, workspace
 from tests import killing
@@ -157,3 +161,49 @@ def test_a_measured_dtype_is_kept_when_the_run_goes_on(model: Path, tmp_path: Pa
     (work / "job.json").write_text(text.replace(f'"{measured}"', f'"{other[measured]}"'))
     report = AutoRound(model, **{**killing.SETTINGS, "compute_dtype": "auto"}).quantize_and_save(tmp_path / "out")
     assert report.compute_dtype == other[measured]
+
+
+@pytest.mark.parametrize("output", [".", "m", "link"])
+def test_an_output_never_takes_its_own_source_with_it(model: Path, tmp_path: Path, output: str) -> None:
+    shutil.copytree(model, tmp_path / "home" / "m")
+    (tmp_path / "home" / "link").symlink_to(tmp_path / "home" / "m")
+    before = hashes(tmp_path / "home")
+    tuner = AutoRound(tmp_path / "home" / "m", **killing.SETTINGS)
+    with pytest.raises(OutputError, match="which is to be read"):
+        tuner.quantize_and_save(tmp_path / "home" / output, overwrite=True)
+    with pytest.raises(OutputError, match="which is to be read"):
+        convert(tmp_path / "home" / "m", tmp_path / "home" / output, "auto_gptq", overwrite=True)
+    assert hashes(tmp_path / "home") == before
+
+
+def test_a_mount_point_is_refused_before_the_work(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "out")
+    with pytest.raises(OutputError, match=r"mount point.*out/quantised"):
+        AutoRound(model, **killing.SETTINGS).quantize_and_save(tmp_path / "out")
+
+
+def test_an_output_behind_a_link_is_written_where_it_points(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "large").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "large" / "out")
+    AutoRound(model, **killing.SETTINGS).quantize_and_save(tmp_path / "out")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "large" / "out" / "model.safetensors").is_file()
+
+
+def test_the_set_behind_auto_is_kept_when_the_run_goes_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun without a network, gone on with one, and typed once more when it is done."""
+    monkeypatch.setattr(corpora, "pile", lambda *_: Corpus(["other text " * 90] * 50, "NeelNanda/pile-10k (train)"))
+
+    def unreachable() -> None:
+        raise corpora._UnavailableError("no network")
+
+    monkeypatch.setattr(corpora, "_check_reachable", unreachable)
+    interrupted(model, tmp_path / "out", dataset="auto")
+    monkeypatch.setattr(corpora, "_check_reachable", lambda: None)
+    tuner = AutoRound(model, **{**killing.SETTINGS, "dataset": "auto"})
+    done = tuner.quantize_and_save(tmp_path / "out")
+    assert done.calibration is not None
+    assert done.calibration["source"].startswith("builtin")
+    assert tuner.quantize_and_save(tmp_path / "out").signature == done.signature

@@ -13,7 +13,7 @@ import torch
 from auto_round import AutoRound
 from auto_round.errors import AutoRoundError, OutputError, SpecError
 from auto_round.load import load_qtensors
-from auto_round.pipeline import runner
+from auto_round.pipeline import flow, runner
 from tests import killing
 
 
@@ -101,3 +101,37 @@ def test_a_disk_that_fills_loses_nothing(
     assert not (tmp_path / "out").exists()
     tuned(llama_folder, tmp_path / "out", recipe="rtn", start="plain", iters=0)
     assert sorted(item.name for item in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("finish_iters", [0, 1])
+def test_activations_on_disk_count_and_are_gone_before_the_output_is_written(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finish_iters: int
+) -> None:
+    from auto_round.pipeline import publishing
+
+    changes: dict[str, Any] = {"finish_iters": finish_iters, "activations_on_disk": True}
+    there: list[bool] = []
+    published = flow.publish
+
+    def watched(result: Any, saving: Any, work: Any, listener: Any) -> Any:
+        there.append((work.folder / "activations").exists())
+        return published(result, saving, work, listener)
+
+    monkeypatch.setattr(flow, "publish", watched)
+    tuned(llama_folder, tmp_path / "out", **changes)
+    assert there == [False]
+
+    forecast = AutoRound(llama_folder, **{**killing.SETTINGS, **changes}).plan(tmp_path / "other")
+    without = AutoRound(llama_folder, **{**killing.SETTINGS, **changes, "activations_on_disk": False}).plan(
+        tmp_path / "other"
+    )
+    activations = forecast.disk_bytes - without.disk_bytes
+    assert activations > 100_000
+    needed = publishing.SPARE + forecast.journal_bytes + sum(forecast.formats[0].files.values()) + activations
+    usage = publishing.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(publishing.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1000))
+    with pytest.raises(OutputError, match="needed on this disk"):
+        tuned(llama_folder, tmp_path / "other", **changes)
+    assert AutoRound(llama_folder, **{**killing.SETTINGS, **changes}).plan(tmp_path / "other").problems
+    monkeypatch.setattr(publishing.shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    tuned(llama_folder, tmp_path / "other", **changes)

@@ -197,7 +197,7 @@ class AutoRound:
         if self._result is None:
             raise OutputError("nothing to save yet: call quantize() first, or quantize_and_save()")
         saving = _saving(format, max_shard_size, overwrite, max_kl if enable_check else None)
-        target = check_output(output_dir)
+        target = check_output(output_dir, self._job.model_name)
         with disk_errors(target, "Call save_quantized() again when that is solved."), workspace(target) as work:
             check_free(target, overwrite=overwrite)
             work.claim(self._result.ready.facts, overwrite=overwrite)
@@ -224,7 +224,7 @@ class AutoRound:
         nats, above which CheckError is raised, naming the blocks to blame. The folder stays.
         """
         saving = _saving(format, max_shard_size, overwrite, max_kl if enable_check else None)
-        target = check_output(output_dir)
+        target = check_output(output_dir, self._job.model_name)
         if not overwrite and not was_published(target):
             check_free(target, overwrite=False)
         with disk_errors(target, GO_ON), workspace(target) as work:

@@ -81,7 +81,7 @@ def convert(
     >>> from auto_round.conversion import convert
     >>> convert("./tmp_autoround", "./tmp_gptq", "auto_gptq")  # doctest: +SKIP
     """
-    target, folder = FORMATS[format], check_output(output_dir)
+    target, folder = FORMATS[format], check_output(output_dir, source)
     check_free(folder, overwrite=overwrite)
     wanted = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     if wanted is not None and not requantize:

@@ -63,3 +63,9 @@ def test_a_refused_layer_is_kept_with_the_reason() -> None:
     assert {layer.reason for layer in result.kept.values()} == {"odd"}
     with pytest.raises(SpecError, match="no layer is left to quantise: too odd"):
         make_plan(INSIDE, [], ["model.layers"], Scheme(), {}, lambda shape, scheme: "too odd")
+
+
+@pytest.mark.parametrize("rule", [8, ["W8A16"], {"bits": None}, {"bits": "eight"}, {"bits": 4.0}, "W5A16", True])
+def test_a_rule_that_is_none_is_refused_by_its_pattern(rule: object) -> None:
+    with pytest.raises(SpecError, match=r"layer rule '\*\.down_proj'"):
+        plan({"*.down_proj": rule})  # type: ignore[dict-item]

@@ -88,6 +88,11 @@ def auto(spec: DatasetSpec, tokens: int, listener: Listener) -> Corpus:
     return builtin(spec, tokens, listener)
 
 
+def set_behind_auto(title: str) -> str:
+    """The name of the set that "auto" stood for, from the title of what it gave."""
+    return "builtin" if title.startswith("builtin") else "pile-10k"
+
+
 def pile(spec: DatasetSpec, tokens: int, listener: Listener) -> Corpus:
     """The first 10,000 documents of The Pile, whole in the cache after their first use."""
     return _from_hub(PILE, spec.splits, listener, whole=True)

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from auto_round.calibrate.corpora import set_behind_auto
 from auto_round.calibrate.dataset import CalibrationSet, build_calibration
 from auto_round.calibrate.pairs import from_pairs, is_pairs
 from auto_round.errors import SourceError, SpecError
 from auto_round.formats.base import Format
 from auto_round.pipeline.finishing import finish
 from auto_round.pipeline.forecast import forecast
+from auto_round.pipeline.gate import judge_record
 from auto_round.pipeline.inspection import inspect
 from auto_round.pipeline.job import Job, Prepared, Quantised, Ready, Saving
-from auto_round.pipeline.needs import heed, needs, too_much
+from auto_round.pipeline.needs import Needs, heed, needs, too_much
 from auto_round.pipeline.planning import tell_plan
 from auto_round.pipeline.preparing import prepare
-from auto_round.pipeline.publishing import check_space, publish, published
+from auto_round.pipeline.publishing import check_space, made_with, publish, published
 from auto_round.pipeline.runner import Runner
 from auto_round.pipeline.signature import signature
 from auto_round.pipeline.writing import check, written
@@ -30,7 +34,7 @@ from auto_round.report.record import RunReport
 from auto_round.runtime.device import compute_dtype
 from auto_round.runtime.events import Listener
 from auto_round.runtime.journal import Journal
-from auto_round.runtime.workspace import WRITTEN, Workspace, check_free
+from auto_round.runtime.workspace import ACTIVATIONS, WRITTEN, Workspace, check_free
 from auto_round.source.foreign import foreign
 from auto_round.source.opening import Source, processor_of
 
@@ -67,37 +71,50 @@ def quantise(ready: Ready, journal: Journal, scratch: Path, listener: Listener) 
     """
     begin = time.perf_counter()
     job, data = ready.prepared.job, ready.calibration
-    samples, seqlen = (
-        (len(data.first(job.recipe.block_samples).tokens), data.tokens.shape[1]) if data is not None else (0, 0)
-    )
-    wanted = needs(ready.prepared, samples, seqlen)
+    wanted = _needs_of(ready)
     heed(too_much(wanted, job), job, listener)
     if wanted.on_disk or wanted.samples_per_forward < job.recipe.batch_size:
         place = "on disk" if wanted.on_disk else "in memory"
         listener.note(f"activations are kept {place}, {wanted.samples_per_forward} samples go through a block at once")
     runner = Runner(ready.prepared, wanted, journal, scratch, listener)
     blocks = runner.round_alone() if data is None else runner.tune(data.first(job.recipe.block_samples))
+    shutil.rmtree(scratch / ACTIVATIONS, ignore_errors=True)
     if data is not None and job.recipe.finish_iters:
         finish(ready.prepared, journal, data, runner.settings, listener)
+        shutil.rmtree(scratch / ACTIVATIONS, ignore_errors=True)
     return Quantised(ready, journal, tuple(blocks), time.perf_counter() - begin)
+
+
+def _needs_of(ready: Ready) -> Needs:
+    data = ready.calibration
+    if data is None:
+        return needs(ready.prepared, 0, 0)
+    samples = data.first(ready.prepared.job.recipe.block_samples).tokens
+    return needs(ready.prepared, *samples.shape)
 
 
 def run(job: Job, saving: Saving, work: Workspace, listener: Listener) -> RunReport:
     """Do the job in a workspace, from wherever an earlier start of it stopped, and put the output in its place.
 
-    Raises OutputError when the target or the workspace holds another job's work that may not be overwritten.
+    Raises OutputError when the target or the workspace holds another job's work that may not be overwritten, and
+    CheckError when the result, which may be an earlier run's, is too far from the original.
     """
-    prepared = _opened(_as_recorded(job, work), saving.formats, work.folder, listener)
+    begun = work.recorded() or (None if saving.overwrite else made_with(work.target))
+    prepared = _opened(job if begun is None else _as_begun(job, begun), saving.formats, work.folder, listener)
     ready = _signed(prepared, listener)
     done = None if saving.overwrite else published(work.target, ready, saving.formats)
     if done is not None:
         listener.note("nothing to do: this very job has been done already")
         work.forget(ready.facts)
+        if saving.max_kl is not None:
+            judge_record(done.check, saving.max_kl, work.target, listener)
         return done
     check_free(work.target, overwrite=saving.overwrite)
     if not saving.overwrite:
         work.check(ready.facts)
-    check_space(prepared, saving, work)
+    shutil.rmtree(work.folder / ACTIVATIONS, ignore_errors=True)  # of a run that was killed
+    wanted = _needs_of(ready)
+    check_space(prepared, saving, work, wanted.activation_bytes if wanted.on_disk else 0)
     ready = written(ready, work.folder / WRITTEN, listener)
     work.claim(ready.facts, overwrite=saving.overwrite)
     journal = Journal(work.blocks)
@@ -112,12 +129,16 @@ def run(job: Job, saving: Saving, work: Workspace, listener: Listener) -> RunRep
         raise
 
 
-def _as_recorded(job: Job, work: Workspace) -> Job:
-    """The job with the dtype in which its unfinished work was begun: measured again, it might come out otherwise."""
-    recorded = work.recorded()
-    if not job.dtype_measured or recorded is None or recorded.get("device") != job.device.type:
-        return job
-    return replace(job, dtype=compute_dtype(recorded["compute_dtype"], job.device))
+def _as_begun(job: Job, begun: Mapping[str, Any]) -> Job:
+    """The job with the dtype and the set of text in which its work was begun: found anew they might be others.
+
+    begun: facts of the work, or of the finished output, see `made_with`.
+    """
+    if job.dtype_measured and begun.get("device") == job.device.type:
+        job = replace(job, dtype=compute_dtype(begun["compute_dtype"], job.device))
+    if job.dataset == "auto" and isinstance(begun.get("calibration"), str):
+        job = replace(job, dataset=set_behind_auto(begun["calibration"]))
+    return job
 
 
 def sample_tokens_of(prepared: Prepared) -> int:

@@ -13,6 +13,7 @@ from auto_round.pipeline.duration import seconds
 from auto_round.pipeline.gate import foreseen
 from auto_round.pipeline.job import Prepared, Saving
 from auto_round.pipeline.needs import IN_PLACE, budget_bytes, needs, own_texts, shortage, too_much, writing_bytes
+from auto_round.pipeline.publishing import SPARE, journal_bytes
 from auto_round.pipeline.saving import blank_export
 from auto_round.pipeline.timing import measure
 from auto_round.pipeline.writing import check
@@ -37,11 +38,11 @@ def forecast(prepared: Prepared, saving: Saving, target: Path, seqlen: int, open
     problems = [sentence for sentence in short if sentence]
     checked = foreseen(prepared, samples, seqlen) if saving.max_kl is not None else None
     formats = tuple(_format(prepared, saving, output) for output in saving.formats)
-    journal, outputs = plan.codes_bytes(), sum(entry.bytes for entry in formats)
+    journal, outputs = journal_bytes(prepared), sum(entry.bytes for entry in formats)
     disk = journal + outputs + (wanted.activation_bytes if wanted.on_disk else 0)
     place = next(parent for parent in (target, *target.parents) if parent.is_dir())
     free = shutil.disk_usage(place).free
-    if disk > free:
+    if disk + SPARE > free:
         problems.append(f"{disk / 1e9:.2f} GB of disk are needed and {free / 1e9:.2f} GB are free")
     schemes = Counter(layer.scheme for layer in plan.quantised.values() if layer.scheme is not None)
     usual = max(schemes, key=lambda scheme: schemes[scheme], default=plan.scheme)

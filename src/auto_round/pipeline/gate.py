@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -86,23 +86,25 @@ def check(result: Quantised, folders: Sequence[tuple[str, Path]], listener: List
         )
         return None
     try:
-        reference, found, errors = _block_by_block(result, tokens)
+        reference, total, errors = _block_by_block(result, tokens)
     except NoLogitsError as error:
         listener.note(f"not compared with the original: {error}")
         return None
-    findings = [_finding("block by block", found)]
+    findings = [_finding("block by block", total)]
     notes, faults = [], []
     for name, folder in folders:
         reason = _why_not_opened(folder, opening_bytes(result.prepared, tokens.numel()), budget)
-        if reason is None:
-            try:
-                with foreign(f"{name}: the written folder cannot be used"):
-                    findings.append(_opened(name, folder, result, tokens, reference))
-            except SourceError as error:
-                # Paths differ from run to run, and the folder will be elsewhere.
-                faults.append(str(error).replace(str(folder), "the folder"))
-        else:
+        try:
+            found = None if reason else _opened(name, folder, result, tokens, reference)
+        except SourceError as error:
+            # Paths differ from run to run, and the folder will be elsewhere.
+            faults.append(str(error).replace(str(folder), "the folder"))
+            continue
+        if found is None:
+            reason = reason or f"it needs more memory than {result.job.device} has"
             notes.append(f"{name}: not opened through transformers: {reason}")
+        else:
+            findings.append(found)
     for note in notes:
         listener.note(note)
     for finding in findings:
@@ -134,7 +136,7 @@ def foreseen(prepared: Prepared, samples: int, seqlen: int) -> Checked | None:
 
 
 def judge(verdict: Verdict, largest: float, blocks: Sequence[str], folder: Path) -> None:
-    """Raise CheckError when a finding is worse than `largest` nats of KL divergence, naming the blocks to blame."""
+    """Raise CheckError when a finding is worse than `largest` nats of KL divergence, naming the `blocks` to blame."""
     if verdict.faults:
         raise CheckError(
             f"{folder}: was written, but {verdict.faults[0]}\nThe folder stays. --disable_check skips this."
@@ -148,13 +150,25 @@ def judge(verdict: Verdict, largest: float, blocks: Sequence[str], folder: Path)
     else:
         order = sorted(range(len(blocks)), key=lambda i: -_added(verdict.block_errors, i))
         blame = ", ".join(f"{blocks[i]} (+{_added(verdict.block_errors, i):.1%})" for i in order[:BLAMED])
-        lines.append(f"Blocks that add most to the relative error: {blame}.")
+        if blame:
+            lines.append(f"Blocks that add most to the relative error: {blame}.")
         lines.append("Give them more bits by layer_config, or tune longer; more bits or smaller groups help most.")
     raise CheckError(
         f"{folder}: was written, but is further from the original than {largest} nats of KL divergence\n"
         + "\n".join(lines)
         + "\nThe folder stays. --max_kl sets the bound, --disable_check turns this off."
     )
+
+
+def judge_record(record: Mapping[str, Any] | None, largest: float, folder: Path, listener: Listener) -> None:
+    """`judge` a finished output by what `Verdict.summary` kept of it; None, when it was not compared, is told."""
+    if record is None:
+        listener.note(f"{folder}: was not compared with the original when it was made; --overwrite does it again")
+        return
+    kept: list[dict[str, Any]] = [
+        {key: math.nan if value is None else value for key, value in row.items()} for row in record["findings"]
+    ]
+    judge(Verdict(tuple(Finding(**row) for row in kept), (), (), tuple(record["faults"])), largest, (), folder)
 
 
 def _added(errors: Sequence[float], index: int) -> float:
@@ -228,8 +242,21 @@ def _block_by_block(result: Quantised, tokens: Tensor) -> tuple[list[Tensor], Ta
     return reference, found, errors
 
 
-def _opened(name: str, folder: Path, result: Quantised, tokens: Tensor, reference: list[Tensor]) -> Finding:
-    """Open a folder as users do, and compare."""
+def _opened(name: str, folder: Path, result: Quantised, tokens: Tensor, reference: list[Tensor]) -> Finding | None:
+    """Open a folder as users do, and compare; None when the device is too small for it, which says nothing against it.
+
+    Raises SourceError when it cannot be used.
+    """
+    with foreign(f"{name}: the written folder cannot be used"):
+        try:
+            return _through_transformers(name, folder, result, tokens, reference)
+        except torch.OutOfMemoryError:
+            return None
+
+
+def _through_transformers(
+    name: str, folder: Path, result: Quantised, tokens: Tensor, reference: list[Tensor]
+) -> Finding:
     job, tokenizer = result.job, result.source.tokenizer
     model = result.prepared.skeleton.auto_class.from_pretrained(
         folder, dtype=job.dtype, device_map=str(job.device), trust_remote_code=job.trust_remote_code

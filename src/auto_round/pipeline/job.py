@@ -21,7 +21,7 @@ from auto_round.qtensor import QuantTensor
 from auto_round.runtime.events import BlockStats
 from auto_round.runtime.journal import Journal
 from auto_round.source.fingerprint import fingerprint, hash_files
-from auto_round.source.opening import Source
+from auto_round.source.opening import Source, title_of
 from auto_round.source.skeleton import Skeleton
 from auto_round.spec.plan import Plan, Rule
 from auto_round.spec.recipe import Recipe
@@ -53,6 +53,11 @@ class Job:
     trust_remote_code: bool = False
     max_memory: int | None = None
     activations_on_disk: bool = False
+
+    @property
+    def model_name(self) -> str:
+        """What the user called the model; of a loaded one, what it was loaded from."""
+        return title_of(self.model)
 
 
 @dataclass(frozen=True)

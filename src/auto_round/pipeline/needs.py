@@ -74,7 +74,8 @@ class Sizes:
 class Needs:
     """What a run will use. memory: stage -> peak bytes of the host; see the fields of the same names in `Forecast`.
 
-    device_bytes: peak on the accelerator that computes, None when there is none.
+    activation_bytes: most that there are at once, wherever they lie. device_bytes: peak on the accelerator that
+    computes, None when there is none.
     """
 
     memory: Mapping[str, int]
@@ -228,6 +229,7 @@ def _needs(prepared: Prepared, samples: int, seqlen: int, micro: int, *, on_disk
     hidden: int = prepared.skeleton.model.get_input_embeddings().weight.shape[1]
     outside, _ = outside_bytes(prepared, job.dtype)
     activations = 2 * samples * seqlen * hidden * width
+    finished = 2 * job.recipe.samples * seqlen * hidden * width if samples and job.recipe.finish_iters else 0
     copied = max((entry.nbytes for entry in prepared.source.checkpoint.entries.values()), default=0)
     largest = max((sizes.largest_weight for sizes in blocks), default=0)
     sliced = ALONE_COPIES * 4 * min(ELEMENTS, largest)
@@ -243,15 +245,14 @@ def _needs(prepared: Prepared, samples: int, seqlen: int, micro: int, *, on_disk
         memory["tuning"] = base + kept_here + stored + (0 if there else tuning)
         finishing = _finishing(prepared, blocks, micro, seqlen) if job.recipe.finish_iters else 0
         if finishing:
-            share = job.recipe.samples / samples
-            kept_here, kept_there = round(kept_here * share), round(kept_there * share)
+            kept_here, kept_there = (finished if kept else 0 for kept in (kept_here, kept_there))
             memory["finishing"] = base + kept_here + copied + (0 if there else finishing)
         device = max(outside, tuning, finishing) + kept_there
     else:
         rounding = max((2 * sizes.weights for sizes in blocks), default=0) + 2 * largest * 4
         memory["rounding"] = base + rounding + (0 if there else sliced)
         device = sliced
-    return Needs(memory, micro, on_disk, activations, device if there else None)
+    return Needs(memory, micro, on_disk, max(activations, finished), device if there else None)
 
 
 def _tuning(sizes: Sizes, job: Job, tokens: int, hidden: int) -> int:

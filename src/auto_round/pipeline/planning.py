@@ -92,7 +92,10 @@ def _rules(job: Job, skeleton: Skeleton, outside: list[str], prescribed: Mapping
             raise SpecError("quant_lm_head: this model has no output head that is a Linear; leave it out")
         if head not in prescribed:
             rules[head] = job.scheme
-    return {**rules, **job.layer_config, **dict.fromkeys(job.ignore_layers, "keep")}
+    for pattern, rule in (*job.layer_config.items(), *((name, "keep") for name in job.ignore_layers)):
+        rules.pop(pattern, None)  # a pattern that comes again goes to the end: later rules win
+        rules[pattern] = rule
+    return rules
 
 
 def head_name(skeleton: Skeleton) -> str | None:

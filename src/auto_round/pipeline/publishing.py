@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -65,11 +66,7 @@ def was_published(target: Path) -> bool:
 
 def published(target: Path, ready: Ready, formats: Sequence[Format]) -> RunReport | None:
     """The record of `target` when this very job has made all of it already, else None."""
-    for file in _records(target):
-        try:
-            report = RunReport.from_json(file.read_text(encoding="utf-8"))
-        except (FormatError, ValueError):
-            return None
+    for report in _reports(target):
         places = _places(target, formats)
         wanted = [(output.name, _bytes_in(folder) - _bytes_of(folder / RECORD)) for output, folder in places]
         if report.signature != ready.signature or [(f.format, f.bytes) for f in report.folders] != wanted:
@@ -79,10 +76,28 @@ def published(target: Path, ready: Ready, formats: Sequence[Format]) -> RunRepor
     return None
 
 
-def check_space(prepared: Prepared, saving: Saving, work: Workspace) -> None:
-    """Raise OutputError when journal and outputs will not fit the disk; what an earlier start wrote counts as there."""
-    kept = 2 if prepared.job.recipe.finish_iters else 1  # with the scales of the blocks, and with the last
-    needed = SPARE + kept * prepared.plan.codes_bytes() - _bytes_in(work.blocks)
+def journal_bytes(prepared: Prepared) -> int:
+    """Bytes of the finished blocks: once, or once more with the scales that are learned after all of them."""
+    return (2 if prepared.job.recipe.finish_iters else 1) * prepared.plan.codes_bytes()
+
+
+def made_with(target: Path) -> dict[str, Any] | None:
+    """Of the run that made the output `target`: "device", "compute_dtype", and "calibration", the title of its text."""
+    for report in _reports(target):
+        return {
+            "device": torch.device(report.device).type,
+            "compute_dtype": report.compute_dtype,
+            "calibration": report.calibration and report.calibration["source"],
+        }
+    return None
+
+
+def check_space(prepared: Prepared, saving: Saving, work: Workspace, activations: int) -> None:
+    """Raise OutputError when journal and outputs will not fit the disk; what an earlier start wrote counts as there.
+
+    activations: bytes of those that lie on the disk while blocks are tuned, which are gone when the output is written.
+    """
+    needed = SPARE + journal_bytes(prepared) - _bytes_in(work.blocks) + activations
     export = blank_export(prepared)
     needed += sum(sum(output.sizes(export, saving.largest_shard).values()) for output in saving.formats)
     free = shutil.disk_usage(work.folder).free + _bytes_in(work.staging)
@@ -91,6 +106,15 @@ def check_space(prepared: Prepared, saving: Saving, work: Workspace) -> None:
             f"{work.target}: {needed / 1e9:.2f} GB are needed on this disk for the finished blocks and the output, "
             f"{free / 1e9:.2f} GB are free. Free some, write fewer formats at once, or choose another output_dir."
         )
+
+
+def _reports(target: Path) -> Iterator[RunReport]:
+    """The records of all formats in `target`, up to the first that is none of this release's."""
+    for file in _records(target):
+        try:
+            yield RunReport.from_json(file.read_text(encoding="utf-8"))
+        except (FormatError, ValueError):
+            return
 
 
 def _records(target: Path) -> list[Path]:
@@ -120,7 +144,7 @@ def _report(result: Quantised, folders: tuple[SavedFolder, ...], verdict: Verdic
         seconds=result.seconds,
         peak_rss_bytes=peak_resident_bytes(),
         peak_device_bytes=peak_device_bytes(job.device),
-        bytes_before=_weights_in(result.source.folder),
+        bytes_before=sum(entry.nbytes for entry in result.source.checkpoint.entries.values()),
         bytes_after=folders[0].bytes,
         device=str(job.device),
         compute_dtype=str(job.dtype).removeprefix("torch."),
@@ -142,7 +166,3 @@ def _finishing(result: Quantised) -> dict[str, float | int | None] | None:
     if stats is None:
         return None
     return {"kl_before": stats.loss_start, "kl_after": stats.loss_end, "kept_iteration": stats.kept_iteration}
-
-
-def _weights_in(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -26,6 +26,7 @@ from auto_round.runtime.device import peak_device_bytes, peak_resident_bytes, re
 from auto_round.runtime.events import BlockStats, Listener
 from auto_round.runtime.journal import Journal
 from auto_round.runtime.rng import generator_for
+from auto_round.runtime.workspace import ACTIVATIONS
 from auto_round.source.blocks import text_names
 from auto_round.tune.alone import quantise_alone
 from auto_round.tune.block import Activations, BlockTask, TunedBlock, tune_block
@@ -49,7 +50,7 @@ class Runner:
         self._prepared, self._journal, self._listener = prepared, journal, listener
         self._job = micro_batched(prepared.job, wanted.samples_per_forward)
         self._skeleton, self._plan = prepared.skeleton, prepared.plan
-        self._cache = scratch / "activations" if wanted.on_disk else None
+        self._cache = scratch / ACTIVATIONS if wanted.on_disk else None
 
     def round_alone(self) -> list[BlockStats]:
         """Round every layer to nearest, without activations."""

@@ -3,6 +3,7 @@
 .NAME.auto-round/lock       held (flock) while a process works on it; who it is stands inside
                  job.json   what the work is for: two jobs never mix in one folder
                  blocks/    the journal, one file for every finished block
+                 activations/  what enters and leaves blocks, when it is not to be in memory
                  source/    a loaded model or a GGUF file, unpacked
                  written/   calibration text that the model wrote itself
                  output/    the output while it is put together; renamed to NAME when it is whole
@@ -27,6 +28,7 @@ from auto_round.errors import OutputError
 from auto_round.runtime.durable import sync, sync_tree, write_durably
 
 WRITTEN = "written"
+ACTIVATIONS = "activations"
 Facts = Mapping[str, Any]
 
 
@@ -92,7 +94,7 @@ class Workspace:
         shutil.rmtree(self.folder / WRITTEN, ignore_errors=True)
 
     def _discard_codes(self) -> None:
-        for leftover in (self.blocks, self.staging, self.folder / "activations"):
+        for leftover in (self.blocks, self.staging, self.folder / ACTIVATIONS):
             shutil.rmtree(leftover, ignore_errors=True)
         (self.folder / "job.json").unlink(missing_ok=True)
 
@@ -106,11 +108,24 @@ class Workspace:
         shutil.rmtree(self.folder)
 
 
-def check_output(output_dir: str | Path) -> Path:
-    """Return the output folder as an absolute path whose parent exists; raise OutputError when it cannot be made."""
-    target = Path(output_dir).expanduser().absolute()
+def check_output(output_dir: str | Path, source: object) -> Path:
+    """Return the output folder, links followed, as an absolute path whose parent exists.
+
+    source: what the work begins with; a path when it lies on this disk. Raises OutputError when the folder cannot be
+    made or put in place, or holds the source, which an overwritten output would take with it.
+    """
+    target = Path(output_dir).expanduser().resolve()
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target}: is a file; choose another output_dir")
+    if os.path.ismount(target):
+        raise OutputError(
+            f"{target}: is a mount point, whose place a finished folder cannot take; choose a folder inside it as "
+            f"output_dir, such as {target / 'quantised'}"
+        )
+    if isinstance(source, str | Path):
+        origin = Path(source).expanduser().resolve()
+        if origin.exists() and target in (origin, *origin.parents):
+            raise OutputError(f"{target}: holds {source}, which is to be read; choose another output_dir")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -90,11 +90,10 @@ def open_source(
     processor: that of a vision-language model, saved beside a loaded model; its tokenizer is used when none is given.
     Raises SourceError naming what is missing or damaged, or when the model is quantised already.
     """
+    title = title_of(model)
     if isinstance(model, PreTrainedModel):
-        title = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         folder = _save_loaded(model, processor or tokenizer, scratch / "source")
     else:
-        title = str(model)
         folder = _folder_of(Path(model).expanduser(), title, scratch)
     if not (folder / "config.json").is_file():
         raise SourceError(f"{folder}: no config.json; this is not a Hugging Face model folder")
@@ -108,6 +107,13 @@ def open_source(
         # A processor keeps its tokenizer there; image processors have none.
         tokenizer = getattr(processor, "tokenizer", None) or _tokenizer_of(folder, trust_remote_code)
     return Source(title, folder, checkpoint, config, tokenizer)
+
+
+def title_of(model: str | Path | PreTrainedModel) -> str:
+    """What the user called the model; of a loaded one, what it was loaded from, or else its class."""
+    if isinstance(model, PreTrainedModel):
+        return str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    return str(model)
 
 
 def _check_sizes(config: PretrainedConfig, checkpoint: Checkpoint) -> None:

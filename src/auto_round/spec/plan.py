@@ -103,13 +103,13 @@ def apply_rule(base: Scheme, rule: Rule, pattern: str) -> Scheme | None:
         return None
     if isinstance(rule, Scheme):
         return rule
-    if isinstance(rule, str):
-        return parse_scheme(rule)
-    values = dict(rule)
-    if int(values.get("bits", 0)) >= 16:
-        return None
     try:
-        return base.updated(values)
+        if isinstance(rule, str):
+            return parse_scheme(rule)
+        if not isinstance(rule, Mapping):
+            raise SpecError(f'{rule!r} is no preset, no "keep", and no mapping such as {{"bits": 8}}')
+        bits = rule.get("bits")
+        return None if isinstance(bits, int) and bits >= 16 else base.updated(dict(rule))
     except SpecError as error:
         raise SpecError(f"layer rule {pattern!r}: {error}") from None
 

@@ -29,7 +29,7 @@ class Scheme:
     sym: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or self.bits not in ALLOWED_BITS:
+        if type(self.bits) is not int or self.bits not in ALLOWED_BITS:
             raise SpecError(f"bits={self.bits!r} is not supported; use one of {', '.join(map(str, ALLOWED_BITS))}")
         if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
             raise SpecError(f"group_size={self.group_size!r} must be a whole number")
