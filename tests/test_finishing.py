@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, JetMoeConfig, JetMoeForCausalLM
 from auto_round import AutoRound
 from auto_round.errors import SpecError
 from auto_round.load import load_qtensors
-from auto_round.pipeline import finishing, runner
+from auto_round.pipeline import finishing, flow, runner
 from auto_round.report.record import RunReport
 from auto_round.tune.block import token_weights
 from tests.conftest import VOCABULARY, tiny_llama, tiny_xlnet
@@ -216,3 +216,24 @@ def test_a_model_that_shows_no_logits_is_left_as_the_blocks_were(
     tiny_xlnet().save_pretrained(tmp_path / "xlnet")
     tuner(tmp_path / "xlnet").quantize()
     assert "no finishing: XLNetLMHeadModel gave no logits" in caplog.text
+
+
+def test_a_block_damaged_behind_a_finished_stage_is_done_again_with_all_that_follows(
+    loud: Path, finished: tuple[Path, Path, RunReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that ends just before its output is written, and a file that then loses a bit."""
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flow, "publish", killed)
+        with pytest.raises(Killed):
+            tuner(loud).quantize_and_save(tmp_path / "out")
+    block = min((tmp_path / ".out.auto-round" / "blocks").glob("*.safetensors"))
+    data = bytearray(block.read_bytes())
+    data[-1] ^= 1
+    block.write_bytes(data)
+    tuner(loud).quantize_and_save(tmp_path / "out")
+    for file in finished[1].iterdir():
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name

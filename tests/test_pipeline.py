@@ -15,6 +15,7 @@ from auto_round import AutoRound
 from auto_round.errors import OutputError, SourceError, SpecError
 from auto_round.load import dequantized_state_dict, load_qtensors
 from auto_round.pipeline.runner import Runner
+from tests import killing
 from tests.conftest import VOCABULARY, tiny_llama, tiny_tokenizer
 
 TEXTS = ["the quick brown fox jumps over the lazy dog. " * 4, "pack my box with five dozen liquor jugs! " * 4] * 4
@@ -211,3 +212,17 @@ def test_samples_that_the_model_adds_are_behind_those_of_the_blocks(
     assert blocks.shape == (12, 32)
     assert blocks[:8].equal(rows[:8])
     assert not any(row.equal(given) for row in blocks[8:] for given in rows)
+
+
+def test_compiled_blocks_start_from_the_same_moments(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Dynamo alone, which is what leaves hooks out; inductor takes half a minute and adds nothing here.
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, **rest: compiled(module, backend="eager", **rest))
+    settings: dict[str, Any] = {**killing.SETTINGS, "iters": 0}
+    plain = AutoRound(llama_folder, **settings).quantize_and_save(tmp_path / "plain")
+    quick = AutoRound(llama_folder, enable_torch_compile=True, **settings).quantize_and_save(tmp_path / "quick")
+    assert sum(stats.unreached for stats in quick.blocks) == 0
+    for a, b in zip(plain.blocks, quick.blocks, strict=True):
+        assert b.loss_start == pytest.approx(a.loss_start, rel=0.02)

@@ -85,3 +85,10 @@ def test_the_mode_takes_calls_over_and_leaves_the_others() -> None:
         doubles = scaled_dot_product_attention(query.double(), key.double(), value.double(), enable_gqa=True)
     assert torch.equal(got, expected)
     assert doubles.dtype is torch.float64
+
+
+def test_arguments_by_position() -> None:
+    q, k, v = (torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    expected = scaled_dot_product_attention(q, k, v, None, 0.0, True)
+    with BlockedAttention():
+        torch.testing.assert_close(scaled_dot_product_attention(q, k, v, None, 0.0, True), expected)

@@ -22,6 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from auto_round.calibrate.capture import logits_of
 from auto_round.calibrate.front import Walk
 from auto_round.calibrate.walker import head_inputs, walk
 from auto_round.source.blocks import block_names, find_block_lists
@@ -153,3 +154,15 @@ def test_padding_on_the_right_does_not_reach_real_tokens(llama_folder: Path, tok
         block = next(iter(walk(skeleton, ["model.layers.0", "model.layers.1"], batch, settings())))
         outputs.append(block.targets[:, :20])
     assert torch.allclose(*outputs, atol=1e-6)
+
+
+def test_a_device_that_runs_out_behind_the_blocks_is_no_model_without_logits(tokens: torch.Tensor) -> None:
+    model = tiny_llama()
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    model.lm_head.register_forward_hook(full)
+    hidden = torch.zeros(*tokens.shape, model.config.hidden_size)
+    with pytest.raises(torch.OutOfMemoryError):
+        logits_of(model, ["model.layers.0", "model.layers.1"], tokens, hidden)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -132,6 +133,15 @@ def test_a_model_of_nan_is_an_error(words: Words) -> None:
         sample_tokens(model, words(bos=True), 2, 8, seed=0)
 
 
+def test_tokens_that_the_model_rules_out_are_never_drawn(words: Words) -> None:
+    model = tiny_llama(vocab_size=1010)
+    model.lm_head.register_forward_hook(
+        lambda module, args, output: output.index_fill(-1, torch.arange(500), -torch.inf)
+    )
+    drawn = sample_tokens(model, words(bos=True), 2, 8, seed=0)
+    assert (drawn[:, 2:] >= 500).all()
+
+
 def given(rows: int = 2, length: int = 220) -> CalibrationSet:
     """Samples of tokens that stand in no other place, behind <s>; the last has only 200 real ones."""
     tokens = 10 + torch.arange(rows * length).reshape(rows, length)
@@ -180,9 +190,16 @@ def test_the_same_seed_goes_on_in_the_same_way(model: LlamaForCausalLM, words: W
     assert not first[:, :13].equal(other[:, :13])
 
 
-def test_pieces_are_a_quarter_of_the_shortest_sample(model: LlamaForCausalLM, words: Words) -> None:
+def test_samples_too_short_for_a_piece_are_passed_over(model: LlamaForCausalLM, words: Words) -> None:
     samples = given()
     samples.mask[0, 12:] = False
+    long = replace(samples, tokens=samples.tokens[1:], mask=samples.mask[1:])
+    places(long, continue_samples(model, words(bos=True), samples, 2, seed=0).reshape(8, 55), 13)
+
+
+def test_pieces_are_a_quarter_of_the_shortest_sample_when_all_are_short(model: LlamaForCausalLM, words: Words) -> None:
+    samples = given()
+    samples.mask[:, 12:] = False
     places(samples, continue_samples(model, words(bos=True), samples, 2, seed=0).reshape(8, 55), 3)
 
 

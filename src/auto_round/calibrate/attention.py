@@ -32,7 +32,13 @@ class BlockedAttention(TorchFunctionMode):
 
 
 def _serves(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **rest: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **rest: Any,
 ) -> bool:
     on_cpu = query.device.type == "cpu" and query.dtype in DTYPES and query.dtype == key.dtype == value.dtype
     shapes = [t.shape for t in (query, key, value)]
@@ -154,7 +160,8 @@ def _blocks(
     queries, keys = query.shape[2], key.shape[2]
     grouped, flat_key, flat_value = _grouped(query, key), key.flatten(0, 1), value.flatten(0, 1)
     factor = flat_key.float().mul(scale).mT
-    wide, narrow = (_Room(query, key, dtype) for dtype in (torch.float32, query.dtype))
+    wide = _Room(query, key, torch.float32)
+    narrow = None if query.dtype == torch.float32 else _Room(query, key, query.dtype)
     if mask is not None:
         mask = mask.expand(*mask.shape[:-2], queries, keys)
         mask = mask.view(*[1] * (4 - mask.dim()), *mask.shape)
@@ -181,5 +188,5 @@ def _blocks(
         torch.softmax(scores, -1, out=scores)
         if blind is not None:
             scores.masked_fill_(blind, 0)
-        weights = narrow.of(*scores.shape).copy_(scores)
+        weights = scores if narrow is None else narrow.of(*scores.shape).copy_(scores)
         yield _Block(where, weights, q, flat_key[:, :seen], flat_value[:, :seen])

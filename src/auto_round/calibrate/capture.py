@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from auto_round.errors import SourceError
+from auto_round.errors import AutoRoundError, SourceError
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Captured:
     calls: tuple[BlockCall | None, ...]
 
 
-class NoLogitsError(SourceError):
+class NoLogitsError(AutoRoundError):
     """A model that shows no logits when its blocks are left out: what its blocks give is as good as ever."""
 
 
@@ -175,6 +175,8 @@ def _record(
         model(**inputs, use_cache=False)
     except _DoneError:
         pass
+    except torch.OutOfMemoryError:  # a RuntimeError, but none of the model's
+        raise
     except (AttributeError, IndexError, TypeError, ValueError, RuntimeError, NotImplementedError):
         # A model that unpacks tuples fails on a bare tensor, and what follows blocks that were left out is not loaded;
         # the caller tries the other ways and judges what was recorded.

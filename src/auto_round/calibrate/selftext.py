@@ -76,17 +76,19 @@ def out_of_nothing(tokenizer: PreTrainedTokenizerBase, nsamples: int, seqlen: in
 def pieces(tokenizer: PreTrainedTokenizerBase, given: CalibrationSet, nsamples: int, seed: int) -> Beginnings:
     """The beginnings of STRETCHES texts for each of `nsamples` samples: pieces of the same given sample.
 
-    All given samples are used equally often; from where a piece is taken is drawn. `joined` makes samples of the texts.
+    All given samples that are long enough are used equally often, and if none is, all; from where a piece is taken is
+    drawn. `joined` makes samples of the texts.
     """
     lead = Encoder(tokenizer).lead
     count, seqlen = given.tokens.shape
     stretch = math.ceil(seqlen / STRETCHES)
     lengths = given.mask.sum(1).tolist()
-    width = max(1, int(PIECE * min(stretch, *lengths)))
+    usable = [row for row in range(count) if lengths[row] >= PIECE * stretch] or list(range(count))
+    width = max(1, int(PIECE * min(stretch, *(lengths[row] for row in usable))))
     generator = torch.Generator().manual_seed(seed)
     begin = []
     for number in range(nsamples * STRETCHES):
-        row = number // STRETCHES % count
+        row = usable[number // STRETCHES % len(usable)]
         first = min(len(lead), lengths[row] - width)  # a given sample begins with the lead itself
         at = int(torch.randint(first, lengths[row] - width + 1, (1,), generator=generator))
         begin.append(torch.cat([lead, given.tokens[row, at : at + width]]))
@@ -181,7 +183,7 @@ def _continue(
     for place in range(filled, tokens.shape[1]):
         output = model(input_ids=current, use_cache=True, **{name: cache}, **last)
         logits, cache = output.logits[:, -1].float(), getattr(output, name)  # (batch, vocabulary)
-        if not torch.isfinite(logits).all():
+        if not torch.isfinite(logits.amax(-1)).all():  # a model may rule some tokens out by minus infinity
             raise CalibrationError("the model's output is not finite; text cannot be sampled from it")
         if allowed is None:
             allowed = torch.full_like(logits[0], -torch.inf)  # (vocabulary,)

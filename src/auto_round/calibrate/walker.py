@@ -32,6 +32,7 @@ class LoadedBlock:
     name: str
     module: nn.Module
     run: Run | None
+    eager: Run | None
     linears: Mapping[str, nn.Linear]
     inputs: Tensor
     targets: Tensor
@@ -58,18 +59,18 @@ def walk(
     for index, name in enumerate(block_names):
         module = skeleton.model.get_submodule(name)
         if not front.runs(index):
-            yield LoadedBlock(index, name, module, None, linears_in(module, name + "."), quantised, original)
+            yield LoadedBlock(index, name, module, None, None, linears_in(module, name + "."), quantised, original)
             continue
         skeleton.load(module, name, settings.dtype, settings.device)
         forward: Callable[..., Any] = torch.compile(module, dynamic=False) if settings.compile else module
-        run = _runner(forward, front, index, left_quantised)
+        run, eager = (_runner(each, front, index, left_quantised) for each in (forward, module))
         inputs = quantised
         # Without a chain of its own the original's output is the next input: two stores take turns.
         targets = original
         if not settings.quantised_inputs:
             targets = _room(original, settings, "spare") if spare is None else spare
         _forward(_runner(forward, front, index, left, keep=True), original, targets, settings)
-        yield LoadedBlock(index, name, module, run, linears_in(module, name + "."), inputs, targets)
+        yield LoadedBlock(index, name, module, run, eager, linears_in(module, name + "."), inputs, targets)
         if settings.quantised_inputs:
             _forward(_runner(forward, front, index, left_quantised, keep=True), quantised, quantised, settings)
         else:

@@ -17,7 +17,7 @@ from auto_round.calibrate.dataset import CalibrationSet, build_calibration
 from auto_round.calibrate.pairs import from_pairs, is_pairs
 from auto_round.errors import SourceError, SpecError
 from auto_round.formats.base import Format
-from auto_round.pipeline.finishing import finish
+from auto_round.pipeline.finishing import FINISHED, finish
 from auto_round.pipeline.forecast import forecast
 from auto_round.pipeline.gate import judge_record
 from auto_round.pipeline.inspection import inspect
@@ -77,6 +77,10 @@ def quantise(ready: Ready, journal: Journal, scratch: Path, listener: Listener) 
         place = "on disk" if wanted.on_disk else "in memory"
         listener.note(f"activations are kept {place}, {wanted.samples_per_forward} samples go through a block at once")
     runner = Runner(ready.prepared, wanted, journal, scratch, listener)
+    if (
+        FINISHED in journal and not runner.complete
+    ):  # a damaged block is tuned anew, on what the blocks' own scales give
+        journal.drop(FINISHED)
     blocks = runner.round_alone() if data is None else runner.tune(data.first(job.recipe.block_samples))
     shutil.rmtree(scratch / ACTIVATIONS, ignore_errors=True)
     if data is not None and job.recipe.finish_iters:

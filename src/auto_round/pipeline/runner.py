@@ -83,7 +83,7 @@ class Runner:
         settings = self.settings
         mask = None if bool(calibration.mask.all()) else calibration.mask
         with self._told(recipe.iters):
-            if self._complete():
+            if self.complete:
                 return [stats for index in range(len(self._prepared.blocks)) if (stats := self._kept(index))]
             finished, final = [], None
             for loaded in walk(self._skeleton, self._prepared.blocks, calibration.tokens, settings, calibration.beside):
@@ -122,7 +122,9 @@ class Runner:
         title = _title(index)
         return self._journal.stats(title) if title in self._journal else None
 
-    def _complete(self) -> bool:
+    @property
+    def complete(self) -> bool:
+        """True when every block is in the journal, and what lies outside."""
         titles = [_title(index) for index in range(len(self._prepared.blocks))]
         return all(title in self._journal for title in [*titles, *([OUTSIDE] if self._prepared.outside else [])])
 
@@ -162,6 +164,7 @@ class Runner:
             linears=planned,
             weights={name: self._skeleton.weight(name + ".weight") for name in planned},
             schemes={name: scheme for name in planned if (scheme := self._plan.quantised[name].scheme) is not None},
+            eager=loaded.eager,
         )
         last = loaded.index == len(self._prepared.blocks) - 1
         by_tokens = last and self._prepared.last_by_tokens

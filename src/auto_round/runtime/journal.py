@@ -49,8 +49,7 @@ class Journal:
         self._stats: dict[str, BlockStats | None] = {}
         self.damaged: list[str] = []
         folder.mkdir(parents=True, exist_ok=True)
-        for file in sorted(folder.glob("*.safetensors")):
-            self._recall(file)
+        self._recall_all()
 
     def __contains__(self, title: object) -> bool:
         return title in self._stats
@@ -80,6 +79,13 @@ class Journal:
             zeros = None if place.scheme.sym else f.get_tensor(f"{name}.zeros")
             return QTensor(codes, f.get_tensor(f"{name}.scales"), zeros, place.scheme)
 
+    def drop(self, title: str) -> None:
+        """Remove what was put as `title`; of its layers, what others put before counts again."""
+        (self._folder / f"{title}.safetensors").unlink()
+        self._places.clear()
+        self._stats.clear()
+        self._recall_all()
+
     def keep(self, title: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Write the state of unfinished work durably, in the place of its last; facts: JSON values."""
         data = {name: values.cpu().contiguous() for name, values in tensors.items()}
@@ -107,6 +113,10 @@ class Journal:
         for name, values in layers.items():
             scheme = {key: value for key, value in values.items() if key != "in_features"}
             self._places[name] = _Place(file, _scheme(scheme), values["in_features"])
+
+    def _recall_all(self) -> None:
+        for file in sorted(self._folder.glob("*.safetensors")):
+            self._recall(file)
 
     def _recall(self, file: Path) -> None:
         found = _whole(file)

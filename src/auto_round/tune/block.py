@@ -94,7 +94,8 @@ class BlockTask:
 
     run: hidden states (batch, tokens, hidden) of the samples whose indices (batch,) int64 are given -> the block's
     output of the same shape. linears: the Linears to quantise, whose weights `run` reads. weights: their exact weights
-    (out, in). schemes: one for each Linear. loss: what is made small.
+    (out, in). schemes: one for each Linear. loss: what is made small. eager: the same as `run` where that is compiled,
+    which can pass over hooks on the Linears.
     """
 
     run: Callable[[Tensor, Tensor], Tensor]
@@ -102,6 +103,7 @@ class BlockTask:
     weights: Mapping[str, Tensor]
     schemes: Mapping[str, Scheme]
     loss: BlockLoss = square_error
+    eager: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 def token_weights(targets: Tensor, mask: Tensor | None) -> Tensor:
@@ -168,11 +170,11 @@ def tune_block(
 @torch.no_grad()
 def evaluate(task: BlockTask, activations: Activations, rows: Tensor, batch_size: int, device: torch.device) -> float:
     """Mean loss of a token, tokens weighted, of the block with its present weights over the samples `rows`."""
-    total = torch.zeros((), device=device, dtype=torch.float64)
+    total = 0.0  # a Python float: not every device has float64
     for batch in rows.split(batch_size):
         inputs, targets, weights = activations.pick(batch, device)
-        total += task.loss(task.run(inputs, batch), targets, weights, batch, None)
-    return float(total) / _tokens(activations, rows)
+        total += float(task.loss(task.run(inputs, batch), targets, weights, batch, None))
+    return total / _tokens(activations, rows)
 
 
 def _tokens(activations: Activations, rows: Tensor) -> int:
@@ -231,7 +233,7 @@ def _moments(
         for batch in torch.arange(activations.inputs.shape[0]).split(recipe.batch_size):
             inputs, mask = activations.masked(batch, device)
             moments.next_batch(mask)
-            task.run(inputs, batch)
+            (task.eager or task.run)(inputs, batch)
     return moments
 
 
