@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from auto_round import AutoRound
 from auto_round.cli.quantise import show_forecast
 from auto_round.formats import FORMATS
 from auto_round.formats.clients import Held, clients
+from auto_round.pipeline import timing
 from auto_round.spec.fusions import broken_fusions
 from auto_round.spec.plan import LinearShape, make_plan
 from auto_round.spec.scheme import Scheme
@@ -128,3 +130,18 @@ def test_memory_that_is_short_is_met_or_refused(
     least = AutoRound(tmp_path / "wide", max_memory=1000, **settings).plan(tmp_path / "out")
     assert least.samples_per_forward == 1
     assert any("max_memory allows" in problem for problem in least.problems)
+
+
+def test_a_folder_that_cannot_be_written_is_a_problem(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = timing._disk
+
+    def refusing(folder: Path) -> tuple[float, float]:
+        if folder == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return measured(folder)
+
+    monkeypatch.setattr(timing, "_disk", refusing)
+    problems = AutoRound(llama_folder, **killing.SETTINGS).plan(tmp_path / "out").problems
+    assert any(f"{tmp_path}: cannot be written: Permission denied" in problem for problem in problems)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from auto_round import AutoRound
-from auto_round.errors import OutputError, SourceError, SpecError
+from auto_round.errors import FormatError, OutputError, SourceError, SpecError
 from auto_round.load import dequantized_state_dict, load_qtensors
 from auto_round.pipeline.runner import Runner
 from tests import killing
@@ -226,3 +227,36 @@ def test_compiled_blocks_start_from_the_same_moments(
     assert sum(stats.unreached for stats in quick.blocks) == 0
     for a, b in zip(plain.blocks, quick.blocks, strict=True):
         assert b.loss_start == pytest.approx(a.loss_start, rel=0.02)
+
+
+def test_a_tokenizer_that_is_given_is_saved_with_the_result(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "bare")
+    mine = tiny_tokenizer()
+    mine.chat_template = "{{ messages[0]['content'] }}!"
+    folder = tune(tmp_path / "bare", tmp_path / "out", tokenizer=mine)
+    saved = AutoTokenizer.from_pretrained(folder)
+    assert saved.get_vocab() == mine.get_vocab()
+    assert saved.chat_template == mine.chat_template
+    tiny_tokenizer().save_pretrained(tmp_path / "bare")  # another of that name is there: the given one counts
+    folder = tune(tmp_path / "bare", tmp_path / "again", tokenizer=mine)
+    assert AutoTokenizer.from_pretrained(folder).chat_template == mine.chat_template
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["again", "bare", "out"]
+
+
+def test_saving_in_a_format_that_holds_less_is_refused(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=64, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tuner = AutoRound(tmp_path / "gpt2", group_size=32, recipe="rtn", device="cpu", compute_dtype="float32")
+    tuner.quantize()
+    with pytest.raises(FormatError, match=r"Conv1D.*quantize"):
+        tuner.save_quantized(tmp_path / "out", format="auto_awq")
+    assert not (tmp_path / "out").exists()
+    tuner.save_quantized(tmp_path / "out")
+
+
+def test_the_size_before_is_that_of_the_tensors_once(llama_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama_folder, tmp_path / "m")
+    shutil.copy(tmp_path / "m" / "model.safetensors", tmp_path / "m" / "consolidated.safetensors")
+    tuner = AutoRound(tmp_path / "m", group_size=32, recipe="rtn", device="cpu", compute_dtype="float32")
+    expected = sum(tensor.nbytes for tensor in load_file(tmp_path / "m" / "model.safetensors").values())
+    assert tuner.quantize_and_save(tmp_path / "out").bytes_before == tuner.plan().model_bytes == expected

@@ -18,6 +18,7 @@ from auto_round.pipeline import (
     Job,
     Quantised,
     Saving,
+    check_formats,
     foresee,
     make_ready,
     publish,
@@ -31,7 +32,7 @@ from auto_round.runtime.device import compute_dtype, resolve_device
 from auto_round.runtime.durable import GO_ON, disk_errors
 from auto_round.runtime.events import Listener, LogListener
 from auto_round.runtime.journal import Journal
-from auto_round.runtime.workspace import check_free, check_output, workspace
+from auto_round.runtime.workspace import check_free, check_output, check_place, workspace
 from auto_round.spec.plan import Rule
 from auto_round.spec.presets import recipe as recipe_named
 from auto_round.spec.scheme import Scheme
@@ -168,35 +169,39 @@ class AutoRound:
         output_dir: str | Path = "tmp_autoround",
         format: str | Sequence[str] = "auto_round",
         *,
-        max_shard_size: str | int = "5GB",
+        max_shard_size: str | int | None = None,
         enable_check: bool = True,
         max_kl: float = 2.0,
     ) -> Forecast:
         """Foresee what `quantize_and_save` would do, in seconds and without writing anything.
 
         Every layer's scheme and why, exact bytes of every format, memory, disk, time, who can open the result, and
-        problems. Raises what `quantize_and_save` would raise before its work begins.
+        problems. max_shard_size: of a weight file, such as "500MB"; None is 5GB for safetensors and no limit for GGUF,
+        whose readers mostly want one file. Raises what `quantize_and_save` would raise before its work begins,
+        but for an output folder that is not empty.
         """
         saving = _saving(format, max_shard_size, False, max_kl if enable_check else None)
-        return foresee(self._job, saving, Path(output_dir).expanduser().absolute())
+        return foresee(self._job, saving, check_place(output_dir, self._job.model_name))
 
     def save_quantized(
         self,
         output_dir: str | Path,
         format: str | Sequence[str] = "auto_round",
         *,
-        max_shard_size: str | int = "5GB",
+        max_shard_size: str | int | None = None,
         overwrite: bool = False,
         enable_check: bool = True,
         max_kl: float = 2.0,
     ) -> RunReport:
         """Write what `quantize` made; one format into `output_dir` itself, several into a subfolder each.
 
-        Raises OutputError when `quantize` was not called, or when the folder is not empty and `overwrite` is not set.
+        Raises OutputError when `quantize` was not called, or when the folder is not empty and `overwrite` is not set,
+        and FormatError when a format, not the one named there, cannot hold a layer as it was quantised.
         """
         if self._result is None:
             raise OutputError("nothing to save yet: call quantize() first, or quantize_and_save()")
         saving = _saving(format, max_shard_size, overwrite, max_kl if enable_check else None)
+        check_formats(self._result.prepared, saving.formats)
         target = check_output(output_dir, self._job.model_name)
         with disk_errors(target, "Call save_quantized() again when that is solved."), workspace(target) as work:
             check_free(target, overwrite=overwrite)
@@ -208,7 +213,7 @@ class AutoRound:
         output_dir: str | Path = "tmp_autoround",
         format: str | Sequence[str] = "auto_round",
         *,
-        max_shard_size: str | int = "5GB",
+        max_shard_size: str | int | None = None,
         overwrite: bool = False,
         enable_check: bool = True,
         max_kl: float = 2.0,
@@ -231,10 +236,13 @@ class AutoRound:
             return run(self._job, saving, work, self._listener)
 
 
-def _saving(format: str | Sequence[str], max_shard_size: str | int, overwrite: bool, max_kl: float | None) -> Saving:
+def _saving(
+    format: str | Sequence[str], max_shard_size: str | int | None, overwrite: bool, max_kl: float | None
+) -> Saving:
     if max_kl is not None and not max_kl > 0:
         raise SpecError(f"max_kl={max_kl!r} must be above 0, in nats; enable_check=False turns the comparison off")
-    return Saving(tuple(_formats(format)), parse_size(max_shard_size), overwrite, max_kl)
+    largest_shard = None if max_shard_size is None else parse_size(max_shard_size)
+    return Saving(tuple(_formats(format)), largest_shard, overwrite, max_kl)
 
 
 def _formats(format: str | Sequence[str]) -> list[Format]:

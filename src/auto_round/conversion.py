@@ -13,8 +13,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from auto_round.errors import FormatError
 from auto_round.formats import FORMATS, open_coded
@@ -25,7 +27,7 @@ from auto_round.qtensor import from_blocks
 from auto_round.runtime.durable import disk_errors
 from auto_round.runtime.journal import Journal
 from auto_round.runtime.workspace import check_free, check_output, workspace
-from auto_round.spec.blocks import BlockScheme
+from auto_round.source.foreign import foreign
 from auto_round.spec.plan import LayerPlan, LinearShape, Plan
 from auto_round.spec.scheme import ALLOWED_BITS, Scheme
 from auto_round.tune.alone import quantise_alone
@@ -67,16 +69,17 @@ def convert(
     *,
     requantize: bool = False,
     scheme: str | Scheme | None = None,
-    max_shard_size: str | int = "5GB",
+    max_shard_size: str | int | None = None,
     overwrite: bool = False,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Conversion:
     """Write the quantised model `source` (a folder or a file of any format that is read here) as `format`.
 
     requantize: round layers again that the format cannot hold as they are; scheme: to what, by default to the nearest
-    scheme of at least as many bits that it holds. The folder appears whole or not at all, every layer read back from
-    it. Raises SourceError when the source cannot be read, FormatError when the conversion would not be exact, and
-    OutputError when the folder is not empty and `overwrite` is not set, or when an unfinished run has the same output.
+    scheme of at least as many bits that it holds. max_shard_size: see `AutoRound.plan`. The folder appears whole or not
+    at all, every layer read back from it. Raises SourceError when the source cannot be read, FormatError when the
+    conversion would not be exact, and OutputError when the folder is not empty and `overwrite` is not set, or when an
+    unfinished run has the same output.
 
     >>> from auto_round.conversion import convert
     >>> convert("./tmp_autoround", "./tmp_gptq", "auto_gptq")  # doctest: +SKIP
@@ -86,7 +89,7 @@ def convert(
     wanted = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     if wanted is not None and not requantize:
         raise FormatError(f"a scheme ({wanted.name}) is only for layers that are rounded again: pass --requantize too")
-    size = parse_size(max_shard_size)
+    size = None if max_shard_size is None else parse_size(max_shard_size)
     with (
         disk_errors(folder, "Nothing was converted."),
         workspace(folder) as work,
@@ -100,11 +103,13 @@ def convert(
                 "come of it; convert the original model's folder instead"
             )
         tell(f"{source}: {model.format} ({model.detail}), {len(model.layers)} layers")
-        plan = plan_of(model)
+        plan, tokenizer = plan_of(model), _tokenizer(model, target)
         schemes = _schemes_to_round(model, plan, target, requantize, wanted)
+        shapes = [LinearShape(layer.name, layer.out_features, layer.in_features) for layer in plan.layers]
+        target.prescribe(shapes, model.config, tokenizer)  # a model that it cannot hold at all is refused here
         rounded = Journal(Path(scratch) / "rounded")
         losses = tuple(_round(model, name, scheme, rounded) for name, scheme in schemes.items())
-        export = _export(model, _replanned(plan, schemes), schemes, rounded)
+        export = _export(model, _replanned(plan, schemes), schemes, rounded, tokenizer)
         shutil.rmtree(work.staging, ignore_errors=True)
         work.staging.mkdir()
         target.write(export, work.staging, size)
@@ -122,8 +127,8 @@ def obstacles(model: CodedModel, plan: Plan, target: Format) -> dict[str, str]:
         reason = target.refuse(LinearShape(layer.name, layer.out_features, layer.in_features), layer.scheme)
         if reason is None and model.layers[layer.name].act_order and not target.holds_act_order:
             reason = f"inputs of a group are not neighbours (act-order), and {target.name} has no g_idx"
-        if reason is None and isinstance(layer.scheme, BlockScheme) and target is not FORMATS["fake"]:
-            reason = f"blocks of {layer.scheme.name} are not carried from file to file"
+        if reason is None and target.holds_tokenizer and FORMATS[model.format].holds_tokenizer:
+            reason = f"blocks of {model.layers[layer.name].kind} are not carried from file to file"
         if reason is not None:
             found[layer.name] = reason
     return found
@@ -167,6 +172,11 @@ def _schemes_to_round(
         return chosen
     common = wanted or _replanned(plan, chosen).scheme
     chosen |= {name: common for name, layer in plan.quantised.items() if layer.scheme != common}
+    for name, scheme in chosen.items():
+        layer = plan.quantised[name]
+        refusal = target.refuse(LinearShape(name, layer.out_features, layer.in_features), scheme)
+        if refusal is not None:
+            raise FormatError(f"{model.path}: layer {name!r} cannot be rounded again to {scheme.name}: {refusal}")
     target.check(_replanned(plan, chosen))
     return chosen
 
@@ -208,7 +218,16 @@ def _round(model: CodedModel, name: str, scheme: Scheme, rounded: Journal) -> Lo
     return Loss(name, model.layers[name].kind, scheme.name, error)
 
 
-def _export(model: CodedModel, plan: Plan, again: Collection[str], rounded: Journal) -> Export:
+def _tokenizer(model: CodedModel, target: Format) -> Any | None:
+    """The tokenizer beside the weights, for a format that has it in its file; None when there is none."""
+    folder = next((file.parent for file in model.extra if file.name.startswith(("tokenizer", "vocab"))), None)
+    if folder is None or not target.holds_tokenizer:
+        return None
+    with foreign(f"{folder}: its tokenizer cannot be loaded"):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def _export(model: CodedModel, plan: Plan, again: Collection[str], rounded: Journal, tokenizer: Any | None) -> Export:
     """What the writer takes; the layers `again` come from `rounded`."""
     return Export(
         checkpoint=model.checkpoint,
@@ -220,5 +239,7 @@ def _export(model: CodedModel, plan: Plan, again: Collection[str], rounded: Jour
         weight=lambda name: rounded.get(name).dequantize() if name in again else model.weight(name),
         extra=model.extra,
         provenance={**provenance_of(model.settings), "converted_from": model.format},
+        title=model.path.resolve().name,
+        tokenizer=tokenizer,
         act_order=any(layer.act_order for layer in model.layers.values() if layer.name not in again),
     )

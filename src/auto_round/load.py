@@ -24,7 +24,7 @@ from transformers.core_model_loading import WeightConverter
 from auto_round.errors import BackendError, FormatError
 from auto_round.formats import open_coded
 from auto_round.formats.auto_round import settings
-from auto_round.formats.config import GPTQ_V1, INDEXED, LAYOUTS, RAW, CheckpointConfig
+from auto_round.formats.config import GPTQ_V1, INDEXED, LAYOUTS, PACKINGS, RAW, UNSAID_PACKING, CheckpointConfig
 from auto_round.formats.folder import INDEX, block_lists
 from auto_round.formats.layouts import GPTQ_RAW
 from auto_round.inference.dense import use_native_for_dense
@@ -140,11 +140,11 @@ def finish(model: nn.Module) -> None:
             shape = (layer.out_features, layer.in_features)
             layer.backend = choose_stored(config.backend, layer.name, layer.scheme, shape, dtype)
         layer.prepare(dtype)
+    _say_how_it_is_saved(model, layers, config)
     if config.lm_head_bits is not None:
         used = round_head(model, config.lm_head_bits, GPTQ_RAW, config.backend)
         logger.info("output head rounded to %d bits with %s", config.lm_head_bits, used)
     use_native_for_dense(model, config.backend)
-    _say_how_it_is_saved(model, layers, config)
 
 
 def _group_inputs(layer: QLinear, without_index: bool, config: CheckpointConfig) -> bool:
@@ -167,15 +167,24 @@ def _group_inputs(layer: QLinear, without_index: bool, config: CheckpointConfig)
 
 
 def _say_how_it_is_saved(model: nn.Module, layers: Mapping[str, QLinear], config: CheckpointConfig) -> None:
-    """Make the quantization_config of a folder of another tool that of an auto_round folder, which saving writes."""
+    """Make the quantization_config of a folder of another tool that of an auto_round folder, which saving writes.
+
+    What it says of this load alone is left out.
+    """
     target = _quantization_config(model)
     given = target if isinstance(target, dict) else vars(target)
-    given.pop("lm_head_bits", None)  # it is of this load, not of the folder
+    for key in ("asked_backend", "lm_head_bits"):
+        given.pop(key, None)
+    named = given.get("backend", "auto")
+    if named != "auto" and named in PACKINGS and given.get("packing_format") in (None, UNSAID_PACKING):
+        given["packing_format"] = named  # old folders say it in their backend
+    given["backend"] = "auto"
     if not any(key in given for key in FOREIGN_KEYS):
         return
     for key in FOREIGN_KEYS:
         given.pop(key, None)
-    schemes = {**dict.fromkeys(linears_in(model)), **{name: layer.scheme for name, layer in layers.items()}}
+    kept = [*linears_in(model), *(name for item in fused_of(model) for name in item.slices)]
+    schemes = {**dict.fromkeys(kept), **{name: layer.scheme for name, layer in layers.items()}}
     packing = "auto_round:gptq" if config.act_order and config.packing == GPTQ_V1 else config.packing
     packing = "auto_round:gptqmodel" if config.act_order and config.packing == RAW else packing
     given.update(settings(packing, config.scheme, schemes, config.blocks or block_lists(list(layers))))
@@ -238,6 +247,7 @@ def _make(
         backend=choose(config.backend, name, scheme, shape, linear.weight.dtype, device),
         bias=linear.bias,
         name=name,
+        asked=config.backend,
     )
 
 

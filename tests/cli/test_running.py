@@ -84,3 +84,28 @@ def test_help(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert f"Usage: auto-round {word}" in text
     assert "{" not in text
+
+
+@pytest.mark.parametrize("method", ["fake", "llm_compressor"])
+def test_folders_of_other_readers_are_opened_by_them_or_told_why_not(
+    llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    assert rounded(llama_folder, tmp_path / "out", "--quiet", "--format", method) == 0
+    words = ["generate", str(tmp_path / "out"), "--prompt", "Once", "--max_new_tokens", "3", "--device", "cpu"]
+    code = run(*words)
+    if method == "fake":
+        assert code == 0
+    elif code:  # compressed-tensors is not among this project's packages
+        assert code == 2
+        assert "compressed" in capsys.readouterr().err
+    assert run(*words, "--lm_head_bits", "8") == 2
+    assert "--lm_head_bits are for folders of AutoRound" in " ".join(capsys.readouterr().err.split())
+
+
+def test_commands_in_the_help_of_other_recipes_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        dispatch("auto-round-best", "best", ["--help"])
+    text = capsys.readouterr().out
+    assert "auto-round inspect" in text
+    assert "auto-round-best inspect" not in text
+    assert "auto-round-best plan" in text

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from auto_round import AutoRound
@@ -74,6 +74,25 @@ def byte_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
     )
     wrapped.chat_template = template
+    return wrapped
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """Characters with bytes to fall back on, spaces as U+2581, and runs of them as added tokens, as Gemma has."""
+    vocabulary = {"<unk>": 0, "<bos>": 1, "<eos>": 2, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}}
+    for token in ("\u2581", *"abcx\n", "ab", "\u2581a", "\u2581\u2581", "\u2581\u2581\u2581"):
+        vocabulary[token] = len(vocabulary)
+    merges = [("\u2581", "\u2581"), ("\u2581\u2581", "\u2581"), ("a", "b"), ("\u2581", "a")]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<eos>"
+    )
+    wrapped.add_tokens(
+        [AddedToken(text, normalized=False) for text in ("\u2581\u2581", "\u2581\u2581\u2581", "<u\u2581>")]
+    )
+    wrapped.add_special_tokens({"additional_special_tokens": ["<|\u2581|>"]})
     return wrapped
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests.clients import client, run
 from tests.formats.coded import quantised
+from tests.formats.gguf_models import tiny_model
 from tests.models import MODELS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -62,6 +63,16 @@ if __name__ == "__main__":
     tuner = AutoRound(source, scheme="W4A16", group_size=64, sym=sym == "sym", iters=0, nsamples=1, seqlen=32,
                       disable_opt_rtn=True)
     tuner.quantize_and_save(folder, format="auto_round")
+"""
+
+
+CONFLICTS = """
+import sys
+from gptqmodel.quantization.config import QuantizeConfig
+from gptqmodel.utils.model import fused_unit_dynamic_conflicts
+folder, *names = sys.argv[1:]
+config = QuantizeConfig.from_pretrained(folder)
+print([conflict.unit for conflict in fused_unit_dynamic_conflicts(names, config)])
 """
 
 
@@ -157,6 +168,21 @@ def test_other_models_in_the_same_clients(
 ) -> None:
     source = real_model(model)
     check_client(source, coded(source, case[0]) / case[2], tmp_path, case)
+
+
+def test_gptqmodel_reads_rules_that_servers_find_too(tmp_path: Path) -> None:
+    """It knows by what names they ask, and warns of merged layers for which these give something else."""
+    rules = {
+        "*.0.self_attn.[qkv]_proj": {"bits": 8},
+        "*.1.self_attn.[qkv]_proj": "keep",
+        "*.0.*.experts.*": {"bits": 8},
+    }
+    source = tiny_model("qwen3_moe", tmp_path / "in")
+    folder = quantised(source, tmp_path / "out", "auto_gptq", layer_config=rules)
+    shapes = [f"model.layers.{i}.self_attn.{part}_proj" for i in range(2) for part in "qkv"]
+    experts = [f"model.layers.{i}.mlp.experts.{e}.{p}_proj" for i in range(2) for e in range(4) for p in ("gate", "up")]
+    python = client("gptqmodel", GPTQMODEL)
+    assert run(python, CONFLICTS, folder, *shapes, *experts).splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("symmetry", ["sym", "asym"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,13 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoRoundConfig
 from auto_round import AutoRound
 from auto_round.conversion import convert
 from auto_round.errors import AutoRoundError, FormatError, OutputError, SourceError, SpecError
+from auto_round.formats import FORMATS
+from auto_round.formats.gptq import SERVED_AS
 from auto_round.load import dequantized_state_dict
 from auto_round.report.inspection import inspect
+from auto_round.spec.fusions import MERGED
+from auto_round.spec.plan import LayerPlan, Plan
+from auto_round.spec.scheme import Scheme
 
 IDS = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(3))
 UP = "model.layers.1.mlp.up_proj"
@@ -267,6 +273,52 @@ def test_a_layer_kept_in_every_block_is_said_in_transformers_way_too(llama_folde
     assert len(inner) == 6
     assert "self_attn.k_proj" not in inner
     assert settings["dynamic"] == {rf"-:^model\.layers\.{i}\.self_attn\.k_proj$": {} for i in range(2)}
+
+
+def test_a_quantised_head_is_not_left_out_by_the_names_in_blocks(llama_folder: Path, tmp_path: Path) -> None:
+    """A server that finds modules_in_block_to_quantize takes everything else for floats."""
+    rules = {"*.k_proj": "keep"}
+    folder = quantised(llama_folder, tmp_path / "out", "auto_gptq", layer_config=rules, quant_lm_head=True)
+    settings = json.loads((folder / "quantize_config.json").read_text())
+    assert settings["lm_head"] is True
+    assert "modules_in_block_to_quantize" not in settings
+    assert "lm_head" in codes(folder)
+    assert inspect(folder).kept == tuple(f"model.layers.{i}.self_attn.k_proj" for i in range(2))
+
+
+def served(settings: dict[str, Any], name: str) -> Any:
+    """What vLLM and SGLang find for a module: values, False for one that is kept, None for the rest."""
+    for key, values in settings.get("dynamic", {}).items():
+        if re.match(key[2:], name):
+            return values if key.startswith("+") else False
+    return None
+
+
+def test_matrices_that_servers_merge_have_entries_of_their_own(llama_folder: Path, tmp_path: Path) -> None:
+    rules = {"*.0.*.[qkv]_proj": {"bits": 8}, "*.1.*.[qk]_proj": {"bits": 8}, "*.1.*.gate_proj": "keep"}
+    rules |= {"*.1.*.up_proj": "keep", "*.0.*.down_proj": {"bits": 8}}
+    folder = quantised(llama_folder, tmp_path / "out", "auto_gptq", layer_config=rules)
+    settings = json.loads((folder / "quantize_config.json").read_text())
+    eight = {"bits": 8, "group_size": 32, "sym": True}
+    assert served(settings, "model.layers.0.self_attn.qkv_proj") == eight
+    assert served(settings, "model.layers.1.self_attn.qkv_proj") is None  # they differ, see `broken_fusions`
+    assert served(settings, "model.layers.0.mlp.gate_up_proj") is None
+    assert served(settings, "model.layers.1.mlp.gate_up_proj") is False
+    assert sum("qkv_proj" in key for key in settings["dynamic"]) == 1
+    assert codes(folder)["model.layers.0.self_attn.k_proj"].scheme.bits == 8
+    assert set(SERVED_AS) <= set(MERGED)
+
+
+def test_experts_have_an_entry_for_all_of_a_layer() -> None:
+    def plan(*second: Scheme | None) -> Plan:
+        first = [LayerPlan(f"model.layers.0.mlp.experts.{i}.up_proj", 64, 64, Scheme(8, 32), "") for i in range(2)]
+        other = [LayerPlan(f"model.layers.1.mlp.experts.{i}.up_proj", 64, 64, s, "") for i, s in enumerate(second)]
+        return Plan(Scheme(4, 32), (*first, *other), ("model.layers",))
+
+    for second, expected in (((None, None), False), ((None, Scheme(4, 32)), None), ((Scheme(4, 32),) * 2, None)):
+        settings = FORMATS["auto_gptq"].settings(plan(*second))
+        assert served(dict(settings), "model.layers.0.mlp.experts") == {"bits": 8, "group_size": 32, "sym": True}
+        assert served(dict(settings), "model.layers.1.mlp.experts") is expected
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
 import torch
 from tests.conftest import tiny_tokenizer
-from tests.formats.gguf_models import COMMON, CONFIGS, ROWS, TEXTS, byte_tokenizer, quantised, tiny_model
+from tests.formats.gguf_models import (
+    COMMON,
+    CONFIGS,
+    ROWS,
+    TEXTS,
+    byte_tokenizer,
+    character_tokenizer,
+    quantised,
+    tiny_model,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from auto_round import AutoRound
+from auto_round.conversion import convert
 from auto_round.errors import FormatError, SpecError
 from auto_round.formats import FORMATS
 from auto_round.formats.gguf.architectures import Model
@@ -119,6 +132,92 @@ def test_integer_schemes_with_the_same_grid_share_their_codes(sources: dict[str,
             assert to_blocks(ours[name]).same(blocks)
 
 
+@pytest.mark.parametrize("name", ["llama3", "qwen2"])
+@pytest.mark.parametrize("between", ["auto_round", "auto_gptq"])
+def test_a_folder_converted_is_the_file_that_one_run_writes(
+    name: str, between: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """Permuted rows, a head with codes in place of the embedding's weight, kept layers, biases."""
+    rules = {"*.0.mlp.down_proj": "keep"}
+    settings = {"recipe": "rtn", "device": "cpu", "compute_dtype": "float32", "layer_config": rules}
+    tuner = AutoRound(sources[name], scheme="W4A16G32", quant_lm_head=True, **settings)
+    tuner.quantize_and_save(tmp_path / "out", format=f"{between},gguf:q4_0")
+    done = convert(tmp_path / "out" / between, tmp_path / "converted", "gguf:q4_0")
+    assert not done.losses
+    direct, converted = (next((tmp_path / folder).glob("*.gguf")) for folder in ("out/gguf-q4_0", "converted"))
+    assert converted.name == f"{between}-Q4_0.gguf"
+    assert same_tensors(direct, converted)
+    one, other = GgufFile(direct), GgufFile(converted)
+    for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.merges", "tokenizer.chat_template", "auto_round.seed"):
+        assert one.value(key) == other.value(key)
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    """Whether two files hold the same tensors, byte for byte and in the same order."""
+    found = [
+        [(name, tensor.tensor_type, tensor.data.tobytes()) for name, tensor in GgufFile(file).tensors.items()]
+        for file in (one, other)
+    ]
+    return found[0] == found[1]
+
+
+def test_experts_converted_are_the_stacks_that_one_run_writes(tmp_path: Path) -> None:
+    source = tiny_model("qwen3_moe", tmp_path / "in")
+    tuner = AutoRound(source, scheme="W4A16G32", recipe="rtn", device="cpu", compute_dtype="float32")
+    tuner.quantize_and_save(tmp_path / "out", format="auto_round,gguf:q4_0")
+    convert(tmp_path / "out" / "auto_round", tmp_path / "converted", "gguf:q4_0")
+    assert same_tensors(*(next((tmp_path / place).glob("*.gguf")) for place in ("out/gguf-q4_0", "converted")))
+
+
+def test_conversions_that_a_file_cannot_hold_are_refused_before_rounding(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"recipe": "rtn", "device": "cpu", "compute_dtype": "float32"}
+    AutoRound(sources["qwen2"], scheme="W4A16G32", **settings).quantize_and_save(tmp_path / "g32")
+    AutoRound(sources["qwen2"], scheme="W4A16G64", **settings).quantize_and_save(tmp_path / "g64")
+    monkeypatch.setattr("auto_round.conversion._round", lambda *_: pytest.fail("rounded"))
+    for kind in ("q4_k_m", "q8_0"):
+        with pytest.raises(FormatError, match=rf"{kind} cannot be made from W4A16G32.*choose gguf:q4_0"):
+            convert(tmp_path / "g32", tmp_path / "no", f"gguf:{kind}")
+    with pytest.raises(FormatError, match="not that of W4A16G64"):
+        convert(tmp_path / "g64", tmp_path / "no", "gguf:q4_0")
+    with pytest.raises(FormatError, match="cannot be rounded again to W2A16G32"):
+        convert(tmp_path / "g64", tmp_path / "no", "gguf:q4_0", requantize=True, scheme="W2A16G32")
+    (tmp_path / "g64" / "tokenizer.json").unlink()
+    (tmp_path / "g64" / "tokenizer_config.json").unlink()
+    with pytest.raises(FormatError, match="needs the model's tokenizer"):
+        convert(tmp_path / "g64", tmp_path / "no", "gguf:q4_0", requantize=True)
+
+
+def test_a_file_in_the_same_grid_is_not_carried_to_another(sources: dict[str, Path], tmp_path: Path) -> None:
+    """Its embedding would be rounded again."""
+    file = quantised(sources["qwen2"], tmp_path / "out", "q4_0")
+    with pytest.raises(FormatError, match="not carried from file to file"):
+        convert(file, tmp_path / "no", "gguf:q4_0")
+
+
+@pytest.mark.parametrize("kept", ["*.experts.1.up_proj", "*.experts.1.*"])
+def test_a_stack_of_which_some_experts_are_kept_is_refused_before_any_work(kept: str, tmp_path: Path) -> None:
+    source = tiny_model("qwen3_moe", tmp_path / "in")
+    tuner = AutoRound(source, device="cpu", layer_config={kept: "keep"})
+    for format in ("gguf:q4_0", "gguf:q4_k_m"):
+        with pytest.raises(FormatError, match=r"experts are kept, q(4_0|8_0|5_0).*keep them all"):
+            tuner.plan(tmp_path / "out", format=format)
+        with pytest.raises(FormatError, match=r"one tensor of one type"):
+            tuner.quantize(format=format)
+
+
+def test_a_stack_that_is_kept_stays_in_its_16_bit_floats(tmp_path: Path) -> None:
+    source = tiny_model("qwen3_moe", tmp_path / "in")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    model.save_pretrained(source)
+    file = quantised(source, tmp_path / "out", "q4_0", layer_config={r"*.0.mlp.experts.*": "keep"})
+    kinds = {name: gguf.GGMLQuantizationType(t.tensor_type).name for name, t in GgufFile(file).tensors.items()}
+    assert (kinds["blk.0.ffn_up_exps.weight"], kinds["blk.1.ffn_up_exps.weight"]) == ("BF16", "Q4_0")
+    written = GgufFile(file).floats("blk.0.ffn_down_exps.weight")
+    assert torch.equal(written, model.state_dict()["model.layers.0.mlp.experts.down_proj"])
+
+
 def test_layer_rules_name_types_or_keep(sources: dict[str, Path], tmp_path: Path) -> None:
     rules = {"*.0.mlp.up_proj": "q8_0", "*.1.mlp.down_proj": "keep"}
     file = GgufFile(quantised(sources["qwen2"], tmp_path / "out", "q4_0", layer_config=rules))
@@ -153,6 +252,38 @@ def test_a_pattern_of_layers_that_llama_cpp_does_not_know_is_refused() -> None:
         Model({**COMMON, **CONFIGS["gemma3"], "layer_types": layers})
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "named"),
+    [
+        ("qwen3_moe", {"norm_topk_prob": False}, r"norm_topk_prob=True only, this model has False"),
+        ("qwen2_moe", {"norm_topk_prob": True}, r"norm_topk_prob=False only"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[\] only"),
+        ("qwen2_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=1 only"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=False only"),
+        ("qwen2", {"rope_parameters": {**YARN, "beta_fast": 16}}, r"rope_parameters\.beta_fast=32 only"),
+        ("llama", {"rope_parameters": {**YARN, "beta_slow": 2}}, "beta_slow=1 only"),
+        ("llama", {"rope_parameters": {**YARN, "truncate": False}}, "truncate=True only"),
+    ],
+)
+def test_what_llama_cpp_computes_in_one_way_only_is_refused(name: str, changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(FormatError, match=named):
+        Model({**COMMON, **CONFIGS[name], **changes})
+    Model({**COMMON, **CONFIGS[name], **({"rope_parameters": YARN} if "rope_parameters" in changes else {})})
+
+
+@pytest.mark.parametrize("given", [{"attention_factor": 1.5}, {"mscale": 1.0, "mscale_all_dim": 0.5}, {}])
+def test_the_attention_factor_of_yarn_is_told_over_llama_cpp_s_own(given: dict[str, float], tmp_path: Path) -> None:
+    source = tiny_model("qwen2", tmp_path / "in", rope_parameters={**YARN, **given})
+    _, whole = ROPE_INIT_FUNCTIONS["yarn"](AutoConfig.from_pretrained(source), torch.device("cpu"))
+    own = 0.1 * math.log(4.0) + 1
+    told = GgufFile(quantised(source, tmp_path / "out", "q8_0")).value("qwen2.rope.scaling.attn_factor")
+    assert (told is None) == (not given)
+    assert own * (told or 1) == pytest.approx(whole)
+
+
 def test_tokenizers_that_split_otherwise_are_refused() -> None:
     with pytest.raises(FormatError, match="WordLevel"):
         read_vocabulary(tiny_tokenizer(), 128)
@@ -164,6 +295,21 @@ def test_tokenizers_that_split_otherwise_are_refused() -> None:
         read_vocabulary(odd, ROWS)
 
 
+def test_added_runs_of_spaces_are_spaces_where_characters_are_merged() -> None:
+    """Bare in tokens that llama.cpp looks for in the text itself; special tokens, and other vocabularies, stay."""
+    tokenizer = character_tokenizer()
+    found = read_vocabulary(tokenizer, ROWS)
+    kinds = dict(zip(found.tokens, found.types, strict=True))
+    defined = {text for text, kind in kinds.items() if kind == gguf.TokenType.USER_DEFINED}
+    assert defined == {"  ", "   ", "<u >"}
+    assert kinds["<|\u2581|>"] == gguf.TokenType.CONTROL
+    assert kinds["\u2581"] == kinds["\u2581a"] == gguf.TokenType.NORMAL
+    assert found.tokens.index("  ") == tokenizer.convert_tokens_to_ids("\u2581\u2581")
+    plain = byte_tokenizer()
+    plain.add_tokens(["\u2581\u2581"])
+    assert "\u2581\u2581" in read_vocabulary(plain, ROWS).tokens
+
+
 def test_large_files_are_cut_into_shards(sources: dict[str, Path], tmp_path: Path) -> None:
     AutoRound(sources["qwen2"], recipe="rtn", device="cpu").quantize_and_save(
         tmp_path / "out", format="gguf:q8_0", max_shard_size="60KB"
@@ -173,8 +319,24 @@ def test_large_files_are_cut_into_shards(sources: dict[str, Path], tmp_path: Pat
     assert files[0].name.endswith(f"-00001-of-{len(files):05d}.gguf")
 
 
-@pytest.mark.parametrize("shard", ["5GB", "60KB"])
-def test_sizes_are_told_before(shard: str, sources: dict[str, Path], tmp_path: Path) -> None:
+def test_without_a_size_of_shards_gguf_is_one_file(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model above the usual size of a shard is split in safetensors alone: few readers of GGUF open several files."""
+    monkeypatch.setattr("auto_round.formats.shards.LARGEST", 60_000)
+    tuner = AutoRound(sources["qwen2"], scheme="W4A16G32", recipe="rtn", device="cpu", compute_dtype="float32")
+    told = tuner.plan(tmp_path / "out", format="auto_round,gguf:q4_0").formats
+    tuner.quantize_and_save(tmp_path / "out", format="auto_round,gguf:q4_0")
+    convert(tmp_path / "out" / "auto_round", tmp_path / "converted", "gguf:q4_0")
+    (file,) = (tmp_path / "out" / "gguf-q4_0").glob("*.gguf")
+    assert file.stat().st_size > 60_000
+    assert same_tensors(file, *(tmp_path / "converted").glob("*.gguf"))
+    assert [len(form.files) for form in told] == [len(list((tmp_path / "out" / "auto_round").glob("model*"))), 1]
+    assert len(told[0].files) > 2
+
+
+@pytest.mark.parametrize("shard", [None, "5GB", "60KB"])
+def test_sizes_are_told_before(shard: str | None, sources: dict[str, Path], tmp_path: Path) -> None:
     tuner = AutoRound(sources["llama3"], recipe="rtn", device="cpu", compute_dtype="float32")
     told = tuner.plan(tmp_path / "out", format="gguf:q4_k_m", max_shard_size=shard).formats[0].files
     tuner.quantize_and_save(tmp_path / "out", format="gguf:q4_k_m", max_shard_size=shard)

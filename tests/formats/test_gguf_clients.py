@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from tests.clients import llama_cpp, run
-from tests.formats.gguf_models import CONFIGS, quantised, tiny_model
+from tests.formats.gguf_models import CONFIGS, character_tokenizer, quantised, tiny_model
 from tests.formats.llama_rounding import dequantised
 from tests.llama_client import LOGITS, QUANTISE
 from tests.models import MODELS
@@ -67,7 +67,7 @@ def float_file(source: Path, folder: Path) -> Path:
         provenance={},
         tokenizer=opened.tokenizer,
     )
-    GgufFormat("bf16").write(export, folder, 1 << 40)
+    GgufFormat("bf16").write(export, folder, None)
     return next(folder.glob("*.gguf"))
 
 
@@ -86,6 +86,22 @@ def test_every_architecture_computes_the_same_in_llama_cpp(name: str, tmp_path: 
     source = tiny_model(name, tmp_path / "in")
     file = float_file(source, tmp_path / "out")
     check_tiny(source, file, file, tmp_path)
+
+
+@pytest.mark.parametrize("given", [{}, {"attention_factor": 1.5}, {"mscale": 1.0, "mscale_all_dim": 0.5}])
+def test_a_yarn_rotation_is_the_same_in_llama_cpp(given: dict[str, float], tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+    source = tiny_model("qwen2", tmp_path / "in", rope_parameters={**yarn, **given})
+    file = float_file(source, tmp_path / "out")
+    check_tiny(source, file, file, tmp_path)
+
+
+def test_added_runs_of_spaces_are_found_in_text(tmp_path: Path) -> None:
+    source, tokenizer = tiny_model("llama", tmp_path / "in"), character_tokenizer()
+    tokenizer.save_pretrained(source)
+    texts = ["ab  ab   x", "a b  a x", "   ab  "]
+    _, answer = ask(float_file(source, tmp_path / "out"), tmp_path, [1], texts=texts)
+    assert answer["tokens"] == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
 
 def read_by_llama_cpp(file: Path, folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 from pathlib import Path
@@ -10,16 +11,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.conftest import tiny_llama
+from tests.conftest import VOCABULARY, tiny_llama
 from tests.inference.test_load import IDS, RAW, V1, logits, opened, random_qtensor, write_folder
 from torch import Tensor, nn
+from transformers import MambaConfig, MambaForCausalLM
 
 import auto_round
-from auto_round.errors import BackendError
+from auto_round.errors import BackendError, FormatError
 from auto_round.formats.layouts import GPTQ_RAW
 from auto_round.inference.backends.native import BACKEND as NATIVE
 from auto_round.inference.backends.torch_reference import BACKEND as TORCH
 from auto_round.inference.base import Reason, Stored
+from auto_round.inference.head import round_head
 from auto_round.inference.kernels import native
 from auto_round.inference.kernels.tiles import Tiles
 from auto_round.inference.qlinear import QLinear
@@ -122,29 +125,13 @@ def test_the_largest_sums_fit(bits: int, sign: float, zero: str) -> None:
 
 
 @built
-def test_the_operator_s_twin_fake_and_gradient() -> None:
+def test_the_operator_s_twin_and_fake() -> None:
     tiles = Tiles.of(random_qtensor(70, 100, Scheme(3, 48, sym=False), 0, seed=5))
-    x = torch.randn(2, 3, 100, requires_grad=True)
-    bias = torch.randn(70, requires_grad=True)
+    x, bias = torch.randn(2, 3, 100), torch.randn(70)
     y = native.operator_linear(x, tiles, bias)
     torch.testing.assert_close(y, native.reference_linear(x, tiles, bias), atol=1e-5, rtol=1e-5)
-    arguments = (x.detach(), tiles.codes, tiles.scales, tiles.zeros, bias.detach(), 3, 48, 70, 100)
+    arguments = (x, tiles.codes, tiles.scales, tiles.zeros, bias, 3, 48, 70, 100)
     torch.library.opcheck(torch.ops.auto_round.tiles_linear.default, arguments, rtol=1e-4, atol=1e-4)
-    ours = torch.autograd.grad(y.square().sum(), (x, bias))
-    twins = torch.autograd.grad(native.reference_linear(x, tiles, bias).square().sum(), (x, bias))
-    for a, b in zip(ours, twins, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
-
-
-@built
-def test_gradients_pass_through_a_layer_and_its_bias() -> None:
-    tensor = random_qtensor(64, 96, Scheme(4, 32), 0, seed=6)
-    layer = layer_of(tensor, NATIVE, torch.randn(64))
-    x = torch.randn(3, 96, requires_grad=True)
-    layer(x).sum().backward()
-    torch.testing.assert_close(x.grad, tensor.dequantize().sum(0).expand(3, 96), atol=1e-5, rtol=1e-5)
-    assert layer.bias is not None
-    torch.testing.assert_close(layer.bias.grad, torch.full((64,), 3.0))
 
 
 @built
@@ -170,6 +157,12 @@ def test_zeros_and_numbers_near_the_ends_of_float32() -> None:
         y = native.native_linear(x, tiles, None)
         assert relative_error(y, x.double(), tensor.dequantize(torch.float64)) < TOLERANCE[torch.float32]
     assert native.native_linear(torch.empty(0, 128), tiles, None).shape == (0, 32)
+
+
+def test_tiles_hold_the_float16_scales_that_the_kernel_reads() -> None:
+    tensor = random_qtensor(32, 64, Scheme(4, 32), 0, seed=9)
+    with pytest.raises(FormatError, match=r"scales have dtype torch\.float32"):
+        Tiles.of(dataclasses.replace(tensor, scales=tensor.scales.float()))
 
 
 @built
@@ -221,10 +214,26 @@ def test_a_compiled_graph_holds_the_operator() -> None:
 
 
 @built
-def test_a_loaded_model_says_that_it_cannot_move() -> None:
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_traced_graph_holds_the_operator() -> None:
+    layer = layer_of(random_qtensor(64, 96, Scheme(4, 32), 0, seed=6), NATIVE, torch.randn(64))
+    traced = torch.jit.trace(layer, torch.randn(2, 96))
+    x = torch.randn(3, 96)
+    assert torch.equal(traced(x), layer(x))
+    assert "auto_round::tiles_linear" in str(traced.graph)
+
+
+@built
+def test_a_layer_that_no_backend_runs_elsewhere_says_so_when_it_is_moved() -> None:
     layer = layer_of(random_qtensor(64, 96, Scheme(4, 32), 0, seed=6), NATIVE)
-    with pytest.raises(BackendError, match=r"'layer' was prepared for cpu.*device_map='meta'"):
-        layer.to("meta")(torch.empty(1, 96, device="meta"))
+    with pytest.raises(BackendError, match="'layer' cannot go to the meta device"):
+        layer.to("meta")
+    layer.asked = "native"
+    with pytest.raises(
+        BackendError, match=r"'layer' .*native: it runs on CPUs, not on cuda; load with device_map='cpu'"
+    ):
+        layer._move(torch.device("cuda"))
+    assert layer(torch.randn(1, 96)).shape == (1, 64)
 
 
 @built
@@ -238,6 +247,36 @@ def test_a_head_in_eight_bits_is_near_and_is_not_saved_as_the_file_s(tmp_path: P
     assert 0 < float(difference) < 1e-2
     with pytest.raises(BackendError, match="lm_head_bits"):
         model.save_pretrained(tmp_path / "again")
+
+
+@built
+def test_a_head_in_eight_bits_has_the_dtype_that_models_ask_it_for(tmp_path: Path) -> None:
+    config = MambaConfig(hidden_size=32, state_size=4, num_hidden_layers=1, vocab_size=VOCABULARY)
+    dense = MambaForCausalLM(config).eval()
+    block = "backbone.layers.0.mixer"
+    others = {f"{block}.in_proj": Scheme(4, 32), f"{block}.x_proj": None, f"{block}.dt_proj": None}
+    write_folder(tmp_path, dense, Scheme(4, 32), others={**others, f"{block}.out_proj": Scheme(4, 32)})
+    model = opened(tmp_path, torch.bfloat16, quantization_config=auto_round.AutoRoundConfig(lm_head_bits=8))
+    assert model.lm_head.weight.dtype is torch.bfloat16
+    assert logits(model).shape == (*IDS.shape, VOCABULARY)
+
+
+def test_a_head_is_prepared_for_the_dtype_that_its_backend_was_chosen_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = []
+
+    class Halves(type(NATIVE)):  # type: ignore[misc]
+        """As Marlin, it takes no float32."""
+
+        def supports(self, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Any:
+            return None if dtype is torch.bfloat16 else Reason("no float32", "load in bfloat16")
+
+        def prepare(self, stored: Stored, dtype: torch.dtype) -> Tiles:
+            prepared.append(dtype)
+            return Tiles.of_stored(stored)
+
+    monkeypatch.setattr("auto_round.inference.select.ranked", lambda: (Halves(),))
+    assert round_head(tiny_llama().bfloat16(), 8, GPTQ_RAW, "auto") == "native"
+    assert prepared == [torch.bfloat16]
 
 
 @built

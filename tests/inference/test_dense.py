@@ -52,6 +52,17 @@ def test_the_operator_and_its_fake() -> None:
 
 
 @built
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_what_was_traced_with_one_token_takes_more() -> None:
+    layer = nn.Linear(40, 24).bfloat16()
+    x = torch.randn(3, 40).bfloat16()
+    expected = layer(x)
+    layer.__class__ = DenseLinear
+    with torch.no_grad():
+        assert torch.equal(torch.jit.trace(layer, torch.randn(1, 40).bfloat16())(x), expected)
+
+
+@built
 def test_the_kernel_is_used_for_lone_tokens_without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
     monkeypatch.setattr(dense, "native_dense", lambda x, weight, bias: used.append(x) or linear(x, weight, bias))

@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoRoundConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaPreTrainedModel
 
+import auto_round
 from auto_round.errors import AutoRoundError, BackendError, FormatError, SourceError
 from auto_round.formats.config import LAYOUTS
 from auto_round.inference.qlinear import QLinear
@@ -172,6 +175,15 @@ def test_spellings_of_older_and_other_writers(tmp_path: Path, packing: str, keys
     assert_same(tmp_path, dense)
 
 
+@pytest.mark.parametrize("asked", ["auto", "torch"])
+def test_asking_for_a_backend_leaves_the_packing_that_an_old_folder_names_there(tmp_path: Path, asked: str) -> None:
+    dense = tiny_llama(num_hidden_layers=1)
+    keys = {"packing_format": None, "backend": "auto_round:gptqmodel"}
+    write_folder(tmp_path, dense, Scheme(4, 64, sym=False), RAW, **keys)
+    model = opened(tmp_path, quantization_config=auto_round.AutoRoundConfig(backend=asked))
+    torch.testing.assert_close(logits(model), logits(dense), atol=1e-4, rtol=1e-4)
+
+
 def test_stored_g_idx_is_ignored(tmp_path: Path) -> None:
     dense = tiny_llama(num_hidden_layers=1)
     write_folder(tmp_path, dense)
@@ -187,6 +199,24 @@ def test_half_precision_follows_the_dense_model(tmp_path: Path, dtype: torch.dty
     assert model.model.layers[0].mlp.up_proj.stored().tensors["scales"].dtype is torch.float16
     assert logits(model).dtype is dtype
     torch.testing.assert_close(logits(model), logits(dense.to(dtype)), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_scales_that_a_model_class_keeps_in_float32_come_back_to_float16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    dense = tiny_llama(num_hidden_layers=1)
+    write_folder(tmp_path, dense)
+    expected = logits(opened(tmp_path, torch.bfloat16, quantization_config=AutoRoundConfig(backend=backend)))
+    monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules_strict", ["scale"])
+    model = opened(tmp_path, torch.bfloat16, quantization_config=AutoRoundConfig(backend=backend))
+    assert model.model.layers[0].mlp.up_proj.stored().tensors["scales"].dtype is torch.float16
+    assert torch.equal(logits(model), expected)
+    name = "model.layers.0.mlp.up_proj.scales"
+    scales = load_file(tmp_path / "model.safetensors")[name].float()
+    rewrite_tensors(tmp_path, {name: scales * (1 + 2**-20)})
+    with pytest.raises(FormatError, match=r"mlp\.up_proj.*scales in torch\.float32 do not fit torch\.float16 exactly"):
+        opened(tmp_path, torch.bfloat16, quantization_config=AutoRoundConfig(backend=backend))
 
 
 def test_mixed_bits_a_kept_layer_and_a_quantised_head(tmp_path: Path) -> None:
@@ -369,24 +399,24 @@ def test_a_backend_that_does_not_exist(tmp_path: Path) -> None:
         opened(tmp_path, quantization_config=AutoRoundConfig(backend="torhc"))
 
 
-def test_gptq_and_awq_folders_of_others_are_read_as_ours(tmp_path: Path) -> None:
-    dense = tiny_llama(num_hidden_layers=1)
+def foreign_folders(folder: Path) -> dict[Path, nn.Module]:
+    """Write a GPTQ and an AWQ folder, each with a layer that is kept; return them with their dense models."""
+    gptq = tiny_llama(num_hidden_layers=1)
     rule = {r"+:.*mlp\.down_proj": {"bits": 8, "group_size": 32}, r"-:.*k_proj": {}}
     others = {"model.layers.0.mlp.down_proj": Scheme(8, 32), "model.layers.0.self_attn.k_proj": None}
     write_folder(
-        tmp_path / "gptq",
-        dense,
+        folder / "gptq",
+        gptq,
         others=others,
         quant_method="gptq",
         packing_format=None,
         extra_config=None,
         dynamic=rule,
     )
-    assert_same(tmp_path / "gptq", dense, quantization_config=AutoRoundConfig())
-    dense = tiny_llama(num_hidden_layers=1)
+    awq = tiny_llama(num_hidden_layers=1)
     write_folder(
-        tmp_path / "awq",
-        dense,
+        folder / "awq",
+        awq,
         Scheme(4, 32, sym=False),
         AWQ,
         others={"model.layers.0.mlp.up_proj": None},
@@ -398,7 +428,59 @@ def test_gptq_and_awq_folders_of_others_are_read_as_ours(tmp_path: Path) -> None
         version="gemm",
         modules_to_not_convert=["lm_head", "up_proj"],
     )
-    assert_same(tmp_path / "awq", dense, quantization_config=AutoRoundConfig())
+    return {folder / "gptq": gptq, folder / "awq": awq}
+
+
+def test_gptq_and_awq_folders_of_others_are_read_as_ours(tmp_path: Path) -> None:
+    for folder, dense in foreign_folders(tmp_path).items():
+        assert_same(folder, dense, quantization_config=AutoRoundConfig())
+
+
+def test_folders_of_others_are_saved_with_their_kept_layers_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("auto_round.inference.dense.LEAST_WEIGHTS", 1)
+    for folder in foreign_folders(tmp_path):
+        model = opened(folder, torch.bfloat16, quantization_config=AutoRoundConfig())
+        model.save_pretrained(tmp_path / "again" / folder.name)
+        again = opened(tmp_path / "again" / folder.name, torch.bfloat16)
+        assert torch.equal(logits(again), logits(model))
+
+
+def test_kept_experts_are_named_when_a_folder_of_others_is_saved(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        vocab_size=VOCABULARY,
+    )
+    keys: dict[str, Any] = {"quant_method": "gptq", "packing_format": None, "extra_config": None}
+    write_folder(tmp_path / "gptq", MixtralForCausalLM(config), **keys, dynamic={"-:.*experts": {}})
+    model = opened(tmp_path / "gptq", quantization_config=AutoRoundConfig())
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(opened(tmp_path / "again")), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("packing", "keys", "written"),
+    [
+        (V1, {}, V1),
+        (RAW, {"packing_format": None, "backend": "auto_round:gptqmodel"}, "auto_round:gptqmodel"),
+        (V1, {"packing_format": None, "backend": "torch"}, "auto_round:gptq"),
+    ],
+)
+def test_the_backend_of_a_load_is_not_saved(tmp_path: Path, packing: str, keys: dict[str, Any], written: str) -> None:
+    dense = tiny_llama(num_hidden_layers=1)
+    write_folder(tmp_path / "first", dense, Scheme(4, 64, sym=False), packing, **keys)
+    asked = {} if "backend" in keys else {"quantization_config": AutoRoundConfig(backend="torch")}
+    opened(tmp_path / "first", **asked).save_pretrained(tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
+    assert (saved["backend"], saved["packing_format"]) == ("auto", written)
+    assert_same(tmp_path / "again", dense)
 
 
 def test_the_choice_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -96,8 +97,37 @@ def test_a_backend_that_repacks_frees_the_file_s_tensors_and_saves_them_again() 
 
 def test_a_repacked_layer_refuses_inputs_from_another_device() -> None:
     layer = QLinear.from_qtensor(random_qtensor(32, 32, Scheme(4, 32), 1, seed=2), GPTQ_V1, Repacking(), name="head")
-    with pytest.raises(BackendError, match=r"'head'.*cpu.*meta"):
+    with pytest.raises(BackendError, match=r"'head' is on cpu and its input on meta.*\.to\('meta'\)"):
         layer(torch.empty(1, 32, device="meta"))
+
+
+@pytest.mark.parametrize("there", [Repacking(), BACKEND], ids=lambda b: b.name)
+@pytest.mark.parametrize("here", [Repacking(), BACKEND], ids=lambda b: b.name)
+def test_a_layer_that_is_moved_gets_the_best_backend_of_its_new_device(
+    monkeypatch: pytest.MonkeyPatch, here: Any, there: Any
+) -> None:
+    """The CPU is where it comes to; the meta device stands in for where it was."""
+    tensor = random_qtensor(64, 96, Scheme(3, 64, sym=False), 1, seed=2)
+    layer = QLinear.from_qtensor(tensor, GPTQ_V1, here, nn.Parameter(torch.randn(64)), asked="any")
+    x, saved = torch.randn(4, 96), layer.state_dict()
+    expected, before = layer(x), layer.prepared
+    asked = []
+
+    def choose(*arguments: Any) -> Any:
+        asked.append(arguments)
+        return there
+
+    monkeypatch.setattr("auto_round.inference.qlinear.choose", choose)
+    layer.to("cpu")
+    assert (layer.prepared, asked) == (before, [])
+    layer._home = torch.device("meta")
+    layer._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
+    assert asked == [("any", "", tensor.scheme, (64, 96), torch.float32, torch.device("cpu"))]
+    assert layer.backend is there
+    assert (layer.prepared is None) == (there is BACKEND)
+    torch.testing.assert_close(layer(x), expected)
+    assert layer.state_dict().keys() == saved.keys()
+    assert all(torch.equal(layer.state_dict()[name], saved[name]) for name in saved)
 
 
 def test_a_repacking_backend_refuses_offloaded_layers() -> None:

@@ -100,7 +100,7 @@ def test_families_are_ranked(spelling: str, names: list[str]) -> None:
         ({"": "cpu"}, "cpu"),
         ({"": torch.device("cpu")}, "cpu"),
         ({"a": "cpu", "b": "disk"}, "cpu"),
-        (None, "cuda"),
+        (None, "cpu"),
         ("auto", "cuda"),
         ("balanced", "cuda"),
         ("cuda:1", "cuda:1"),

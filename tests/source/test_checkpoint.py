@@ -52,6 +52,12 @@ def test_shards_are_found_through_the_index(tmp_path: Path) -> None:
         Checkpoint(tmp_path)
 
 
+def test_a_single_file_comes_before_an_index_as_in_transformers(tmp_path: Path) -> None:
+    save_file({"a": TENSORS["a"]}, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    assert list(Checkpoint(tmp_path)) == ["a"]
+
+
 def test_an_index_cannot_leave_its_folder(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "../secret.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))

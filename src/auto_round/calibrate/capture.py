@@ -107,15 +107,15 @@ def capture(
     if 2 * len(best) <= len(block_names) or order != sorted(set(order)):
         raise SourceError(
             f"{type(model).__name__} ran {len(set(order))} of its {len(block_names)} blocks in {len(order)} calls with "
-            "hidden states of one shape; only models that run each block once in order can be tuned. Recipe rtn rounds "
-            "a model without running it"
+            "hidden states of one shape; only models that run each block once in order can be tuned. The recipe rtn "
+            "(auto-round-rtn) rounds a model without running it"
         )
     changed = next((entry.block for entry in best if not _same(entry.hidden, best[0].hidden)), None)
     if changed is not None:
         raise SourceError(
             f"{type(model).__name__} changes the hidden states between its blocks, in front of {block_names[changed]}; "
-            "on such samples it cannot be tuned block by block. If they are images with text, give text alone; recipe "
-            "rtn rounds a model without running it"
+            "on such samples it cannot be tuned block by block. If they are images with text, give text alone; the "
+            "recipe rtn (auto-round-rtn) rounds a model without running it"
         )
     calls = {entry.block: entry.call for entry in best}
     return Captured(best[0].hidden, tuple(calls.get(index) for index in range(len(block_names))))

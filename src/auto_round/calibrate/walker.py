@@ -23,7 +23,7 @@ class LoadedBlock:
     """One block with its weights in place, and the chains' activations in front of it and behind.
 
     run: hidden states (batch, tokens, hidden) of the samples whose int64 indices are given -> output of the same shape.
-    linears: all Linears by full name.
+    eager: the same, not compiled, where `run` is compiled. linears: all Linears by full name.
     inputs: (samples, tokens, hidden), what the block will see. targets: what the original gives; both on `Walk.store`.
     run is None for a block that the model leaves out on these samples; inputs and targets are then those of the next.
     """
@@ -63,7 +63,8 @@ def walk(
             continue
         skeleton.load(module, name, settings.dtype, settings.device)
         forward: Callable[..., Any] = torch.compile(module, dynamic=False) if settings.compile else module
-        run, eager = (_runner(each, front, index, left_quantised) for each in (forward, module))
+        run = _runner(forward, front, index, left_quantised)
+        eager = _runner(module, front, index, left_quantised) if settings.compile else None
         inputs = quantised
         # Without a chain of its own the original's output is the next input: two stores take turns.
         targets = original

@@ -16,7 +16,7 @@ CONVERT_LESSON = Lesson(
     usage="SOURCE --format NAME FOLDER [FLAGS]",
     summary="Writes a quantised model in another format: the same codes, scales and zero points, read back and "
     "compared. Where the other format cannot hold them it says why, and which formats can.",
-    defaults={"format": "none", "max_shard_size": "5GB", "output_dir": "none"},
+    defaults={"format": "none", "output_dir": "none"},
     sections={
         "Examples": (
             ("auto-round convert ./my-gptq-model --format auto_round ./my-model", "Read GPTQ, AWQ and others as ours."),
@@ -52,7 +52,7 @@ def convert(
             format,
             requantize=requantize,
             scheme=scheme,
-            max_shard_size=max_shard_size or CONVERT_LESSON.defaults["max_shard_size"],
+            max_shard_size=max_shard_size,
             overwrite=bool(overwrite),
             tell=listener.note,
         )

@@ -69,7 +69,7 @@ def dispatch(program: str, recipe: str, words: Sequence[str]) -> None:
     subcommand = SUBCOMMANDS.get(words[0]) if words and recipe == "default" else None
     if subcommand is None:
         summaries = {f"{program} {word} MODEL": summary for word, (_, summary) in WORDS.items()}
-        summaries |= {f"{program} {word}": entry.lesson.summary for word, entry in SUBCOMMANDS.items()}
+        summaries |= {f"auto-round {word}": entry.lesson.summary for word, entry in SUBCOMMANDS.items()}
         function, lesson = quantise, lesson_for(recipe, summaries)
     else:
         function, lesson = subcommand.function, subcommand.lesson

@@ -281,7 +281,7 @@ MaxShardSize = Annotated[
     _flag(
         "Output",
         "--max_shard_size",
-        "Largest weight file, such as 500MB (default {max_shard_size}); a model above it is split.",
+        "Largest weight file, such as 500MB, above which a model is split (default 5GB, and none for GGUF).",
         "SIZE",
     ),
 ]

@@ -33,7 +33,6 @@ STATED = {
     "compute_dtype": "auto",
     "format": "auto_round",
     "output_dir": "tmp_autoround",
-    "max_shard_size": "5GB",
 }
 
 ENTRY_POINTS = {

@@ -11,10 +11,11 @@ from rich.table import Table
 from auto_round.cli import options as o
 from auto_round.cli.screen import exit_codes, quiet_transformers
 from auto_round.cli.teach import Lesson
-from auto_round.errors import SourceError
+from auto_round.errors import SourceError, SpecError
 from auto_round.spec.scheme import Scheme
 
 DEFAULTS = {"device": "auto", "backend": "auto", "dtype": "auto", "tokens": "256", "scheme": "W4A16"}
+OURS = ("auto-round", "gptq", "awq")  # methods whose layers `AutoRoundConfig` is for
 LEAVING = ("exit", "quit", "/exit", "/quit", "/bye")
 
 Folder = Annotated[str, typer.Argument(metavar="FOLDER", show_default=False)]
@@ -165,29 +166,41 @@ def backends(scheme: o.Scheme = None, device: o.Device = None, dtype: Dtype = DE
 def load(
     folder: str, backend: str, lm_head_bits: int | None, dtype: str, device: str | None, *, compile: bool
 ) -> tuple[Any, Any]:
-    """Open a folder as transformers does; raise SourceError when it is not one.
+    """Open a folder as transformers does; raise SourceError when it cannot be, SpecError for what does not go with it.
 
     compile: see `compile_decoding`; the model then generates with a cache of fixed size.
     """
+    import json
     from pathlib import Path
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from auto_round.inference.loading import AutoRoundConfig
     from auto_round.runtime.device import resolve_device
+    from auto_round.source.foreign import foreign
 
-    if not (Path(folder) / "config.json").is_file():
+    file = Path(folder) / "config.json"
+    if not file.is_file():
         raise SourceError(f"{folder}: no config.json; is this the folder of a quantised model?")
     quiet_transformers()
-    config = AutoRoundConfig(backend=backend, lm_head_bits=lm_head_bits)
     place = str(resolve_device(device or "auto"))
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype, device_map=place)
+    with foreign(f"{folder}: cannot be opened"):
+        stored = json.loads(file.read_text(encoding="utf-8")).get("quantization_config") or {}
+        ours = stored.get("quant_method") in OURS
+        if not ours and (backend != DEFAULTS["backend"] or lm_head_bits is not None):
+            raise SpecError(
+                f"{folder}: --backend and --lm_head_bits are for folders of AutoRound, GPTQ and AWQ; transformers "
+                "computes with the others in ways of its own"
+            )
+        config = {"quantization_config": AutoRoundConfig(backend=backend, lm_head_bits=lm_head_bits)} if ours else {}
+        model = AutoModelForCausalLM.from_pretrained(folder, **config, dtype=dtype, device_map=place)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     if compile:
         from auto_round.inference.compiled import compile_decoding
 
         compile_decoding(model)
         model.generation_config.cache_implementation = "static"
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
+    return model.eval(), tokenizer
 
 
 def _ask() -> str:

@@ -80,6 +80,7 @@ class AutoRoundFormat:
     name = "auto_round"
     holds_act_order = False
     holds_conv1d = True
+    holds_tokenizer = False
     prescribe = takes_the_users
 
     def refuse(self, shape: LinearShape, scheme: Scheme) -> str | None:
@@ -93,11 +94,11 @@ class AutoRoundFormat:
         """The quantization_config of a plan, without provenance."""
         return quantization_config(plan, {})
 
-    def sizes(self, export: Export, largest_shard: int) -> Mapping[str, int]:
+    def sizes(self, export: Export, largest_shard: int | None) -> Mapping[str, int]:
         """The shards and their index."""
         return folder_sizes(export, largest_shard, LAYOUTS[packing_for(export.plan)])
 
-    def write(self, export: Export, folder: Path, largest_shard: int) -> None:
+    def write(self, export: Export, folder: Path, largest_shard: int | None) -> None:
         """Write weights, config.json, quantization_config.json and the source's other files into `folder`."""
         config = quantization_config(export.plan, export.provenance)
         extra = config.get("extra_config", {})

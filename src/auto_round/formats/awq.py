@@ -29,6 +29,7 @@ class AwqFormat:
     name = "auto_awq"
     holds_act_order = False
     holds_conv1d = False
+    holds_tokenizer = False
     prescribe = takes_the_users
 
     def refuse(self, shape: LinearShape, scheme: Scheme) -> str | None:
@@ -51,11 +52,11 @@ class AwqFormat:
                 "quant_lm_head, or use auto_round"
             )
 
-    def sizes(self, export: Export, largest_shard: int) -> Mapping[str, int]:
+    def sizes(self, export: Export, largest_shard: int | None) -> Mapping[str, int]:
         """The shards and their index."""
         return folder_sizes(export, largest_shard, AWQ)
 
-    def write(self, export: Export, folder: Path, largest_shard: int) -> None:
+    def write(self, export: Export, folder: Path, largest_shard: int | None) -> None:
         """Write weights, config.json and the source's other files into `folder`."""
         write_folder(export, folder, largest_shard, AWQ, {**self.settings(export.plan), **export.provenance})
 

@@ -104,11 +104,13 @@ def takes_the_users(
 
 class Format(Protocol):
     """One format. `name` is what users type; holds_act_order: its codes may have a g_idx. holds_conv1d: its readers
-    put a quantised layer also in the place of GPT-2's Conv1D, not of Linears alone."""
+    put a quantised layer also in the place of GPT-2's Conv1D, not of Linears alone. holds_tokenizer: the tokenizer is a
+    part of the weights' file."""
 
     name: str
     holds_act_order: bool
     holds_conv1d: bool
+    holds_tokenizer: bool
 
     def prescribe(
         self, layers: Sequence[LinearShape], config: Mapping[str, Any], tokenizer: Any | None
@@ -131,11 +133,14 @@ class Format(Protocol):
         """The quantization_config that `write` will give a plan, without provenance; empty where a format has none."""
         ...
 
-    def sizes(self, export: Export, largest_shard: int) -> Mapping[str, int]:
-        """Tell the weight files that `write` will make and the exact bytes of each, without asking for any codes."""
+    def sizes(self, export: Export, largest_shard: int | None) -> Mapping[str, int]:
+        """Tell the weight files that `write` will make and the exact bytes of each, without asking for any codes.
+
+        largest_shard: bytes of a file; None for what the format's readers are used to.
+        """
         ...
 
-    def write(self, export: Export, folder: Path, largest_shard: int) -> None:
+    def write(self, export: Export, folder: Path, largest_shard: int | None) -> None:
         """Write the model into the empty folder `folder`."""
         ...
 

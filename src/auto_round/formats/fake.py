@@ -29,6 +29,7 @@ class FakeFormat:
     name = "fake"
     holds_act_order = True
     holds_conv1d = True
+    holds_tokenizer = False
     prescribe = takes_the_users
 
     def refuse(self, shape: LinearShape, scheme: Scheme) -> str | None:
@@ -42,11 +43,11 @@ class FakeFormat:
         """Nothing: the folder is an ordinary one."""
         return {}
 
-    def sizes(self, export: Export, largest_shard: int) -> Mapping[str, int]:
+    def sizes(self, export: Export, largest_shard: int | None) -> Mapping[str, int]:
         """The shards and their index."""
         return shard_sizes(list(_pieces(export)), largest_shard)
 
-    def write(self, export: Export, folder: Path, largest_shard: int) -> None:
+    def write(self, export: Export, folder: Path, largest_shard: int | None) -> None:
         """Write weights, config.json and the source's other files into `folder`."""
         write_shards(folder, list(_pieces(export)), largest_shard)
         for file in export.extra:

@@ -184,13 +184,18 @@ def _decode(checkpoint: Checkpoint, layer: CodedLayer, layout: Layout) -> QTenso
         raise FormatError(f"{file}: layer {layer.name!r}: {error}") from None
 
 
-def folder_sizes(export: Export, largest_shard: int, layout: Layout) -> dict[str, int]:
+def folder_sizes(export: Export, largest_shard: int | None, layout: Layout) -> dict[str, int]:
     """Weight files that `write_folder` would make, and the bytes of each."""
     return shard_sizes(list(_pieces(export, layout)), largest_shard)
 
 
 def write_folder(
-    export: Export, folder: Path, largest_shard: int, layout: Layout, settings: Mapping[str, Any], *side_files: str
+    export: Export,
+    folder: Path,
+    largest_shard: int | None,
+    layout: Layout,
+    settings: Mapping[str, Any],
+    *side_files: str,
 ) -> None:
     """Write weights, config.json with `settings` as its quantization_config, and the source's other files.
 

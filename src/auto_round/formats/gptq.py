@@ -5,7 +5,8 @@ gptq_v2     checkpoint_format "gptq_v2": zero points as they are; gptqmodel and 
 
 Layers that differ from the global scheme are named in ``dynamic``: an ordered dict from ``+:regex`` to overrides or
 from ``-:regex`` to {} for a layer that is kept; matched from the start of the full name. gptqmodel and vLLM read it,
-transformers drops it. A quantised head is announced by ``lm_head: true``; transformers does not look for one.
+transformers drops it. Servers ask for a matrix merged of several layers, or for all experts, by its own name.
+A quantised head is announced by ``lm_head: true``; transformers does not look for one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from auto_round.formats.base import CodedModel, Export, other_names, takes_the_users
@@ -20,11 +22,24 @@ from auto_round.formats.config import GPTQ_V1, LAYOUTS, RAW, CheckpointConfig
 from auto_round.formats.folder import folder_sizes, method_of, open_folder, prove_codes, read_settings, write_folder
 from auto_round.formats.layouts import GPTQ_RAW_INDEXED, GPTQ_V1_INDEXED
 from auto_round.spec.blocks import not_integer
+from auto_round.spec.fusions import EXPERT
 from auto_round.spec.plan import LayerPlan, LinearShape, Plan
 from auto_round.spec.scheme import Scheme
 
 CHECKPOINT_FORMATS = {"auto_gptq": "gptq", "gptq_v2": "gptq_v2"}
 PACKINGS = {"auto_gptq": GPTQ_V1, "gptq_v2": RAW}
+# Sets of `MERGED` -> the matrix that vLLM or SGLang makes of each, by whose name alone they look for an entry.
+SERVED_AS = MappingProxyType(
+    {
+        ("q_proj", "k_proj", "v_proj"): ("qkv_proj",),
+        ("query", "key", "value"): ("qkv_proj",),
+        ("gate_proj", "up_proj"): ("gate_up_proj",),
+        ("w1", "w3"): ("gate_up_proj",),
+        ("in_proj_qkv", "in_proj_z"): ("in_proj_qkvz",),
+        ("in_proj_b", "in_proj_a"): ("in_proj_ba",),
+        ("q_a_proj", "kv_a_proj_with_mqa"): ("fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa"),
+    }
+)
 
 
 class GptqFormat:
@@ -32,6 +47,7 @@ class GptqFormat:
 
     holds_act_order = True
     holds_conv1d = True
+    holds_tokenizer = False
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -46,11 +62,11 @@ class GptqFormat:
     def check(self, plan: Plan) -> None:
         """Every mix of schemes, and the head, can be said to gptqmodel and vLLM."""
 
-    def sizes(self, export: Export, largest_shard: int) -> Mapping[str, int]:
+    def sizes(self, export: Export, largest_shard: int | None) -> Mapping[str, int]:
         """The shards and their index."""
         return folder_sizes(export, largest_shard, self._layout)
 
-    def write(self, export: Export, folder: Path, largest_shard: int) -> None:
+    def write(self, export: Export, folder: Path, largest_shard: int | None) -> None:
         """Write weights, config.json, quantize_config.json and the source's other files into `folder`."""
         settings = {**self.settings(export.plan), "desc_act": export.act_order, **export.provenance}
         dynamic = settings.get("dynamic", {})
@@ -77,10 +93,11 @@ class GptqFormat:
             "damp_percent": 0.01,
             "provider": "auto-round",
         }
-        dynamic = {key: rule for layer in plan.layers for key, rule in _dynamic(layer, plan, blocks).items()}
+        dynamic = _dynamic(plan, blocks)
         if dynamic:
             config["dynamic"] = dynamic
-        inner = _names_in_every_block(plan, blocks)
+        # vLLM takes nothing else for quantised once it finds this key, a head neither.
+        inner = None if outside else _names_in_every_block(plan, blocks)
         if inner is not None:
             config["modules_in_block_to_quantize"] = [inner]
         return config
@@ -104,16 +121,42 @@ class GptqFormat:
         return open_folder(folder, format=self.name, detail=detail, layout=layout, rules=config, blocks=config.blocks)
 
 
-def _dynamic(layer: LayerPlan, plan: Plan, blocks: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """The entry that a layer needs, if any: anchored at both ends, so that it is found in no longer name."""
-    pattern = _exactly(layer.name)
+def _dynamic(plan: Plan, blocks: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """An entry for each name that needs one: anchored at both ends, so that it is found in no longer name.
+
+    Those of layers first, then those of what servers merge from several layers, where all of them have the same.
+    """
+    rules = {layer.name: rule for layer in plan.layers if (rule := _rule(layer, plan, blocks)) is not None}
+    for merged, members in _merged(plan).items():
+        rule = rules.get(members[0])
+        if rule is not None and len(members) > 1 and all(rules.get(name) == rule for name in members):
+            rules[merged] = rule
+    return {f"{sign}:{_exactly(name)}": values for name, (sign, values) in rules.items()}
+
+
+def _rule(layer: LayerPlan, plan: Plan, blocks: tuple[str, ...]) -> tuple[str, dict[str, Any]] | None:
+    """Sign and values of the entry that a layer needs, if any."""
     inside = layer.name.startswith(blocks)
     if layer.scheme is None:
-        return {f"-:{pattern}": {}} if inside else {}
+        return ("-", {}) if inside else None
     if layer.scheme == plan.scheme and inside:
-        return {}
+        return None
     scheme = layer.scheme
-    return {f"+:{pattern}": {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.sym}}
+    return "+", {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.sym}
+
+
+def _merged(plan: Plan) -> dict[str, list[str]]:
+    """Names of what servers merge -> the layers that it comes from."""
+    found: dict[str, list[str]] = {}
+    for layer in plan.layers:
+        parent, _, own = layer.name.rpartition(".")
+        if expert := EXPERT.match(layer.name):
+            names = [expert[1]]
+        else:
+            names = [f"{parent}.{name}" for parts, merged in SERVED_AS.items() if own in parts for name in merged]
+        for name in names:
+            found.setdefault(name, []).append(layer.name)
+    return found
 
 
 def _exactly(name: str) -> str:

@@ -99,6 +99,7 @@ class CompressedFormat:
     name = "llm_compressor"
     holds_act_order = False
     holds_conv1d = False
+    holds_tokenizer = False
     prescribe = takes_the_users
 
     def refuse(self, shape: LinearShape, scheme: Scheme) -> str | None:
@@ -110,11 +111,11 @@ class CompressedFormat:
     def check(self, plan: Plan) -> None:
         """Every mix of schemes, and the head, can be said."""
 
-    def sizes(self, export: Export, largest_shard: int) -> Mapping[str, int]:
+    def sizes(self, export: Export, largest_shard: int | None) -> Mapping[str, int]:
         """The shards and their index."""
         return folder_sizes(export, largest_shard, COMPRESSED)
 
-    def write(self, export: Export, folder: Path, largest_shard: int) -> None:
+    def write(self, export: Export, folder: Path, largest_shard: int | None) -> None:
         """Write weights, config.json and the source's other files into `folder`."""
         settings, others = self.settings(export.plan), other_names(export)
         for group in settings["config_groups"].values():

@@ -18,6 +18,7 @@ from auto_round.runtime.durable import sync
 from auto_round.source.checkpoint import DTYPE_NAMES, DTYPES, Checkpoint
 
 INDEX = "model.safetensors.index.json"
+LARGEST = 5 * 10**9  # bytes of a file where none are asked for
 ALIGNMENT = 8  # bytes; every tensor starts at a multiple, as strict readers want
 
 
@@ -81,10 +82,10 @@ def parse_size(text: str | int, name: str = "max_shard_size") -> int:
     return size
 
 
-def write_shards(folder: Path, pieces: Sequence[Piece], largest: int) -> list[Path]:
+def write_shards(folder: Path, pieces: Sequence[Piece], largest: int | None) -> list[Path]:
     """Write the pieces in order into one or more files of at most `largest` bytes each, and the index last.
 
-    A piece that is larger alone gets a file of its own. Returns the files.
+    A piece that is larger alone gets a file of its own. largest: None for `LARGEST`. Returns the files.
     """
     shards = _shards(pieces, largest)
     files = [_write_shard(folder / name, shard) for name, shard in shards.items()]
@@ -93,14 +94,15 @@ def write_shards(folder: Path, pieces: Sequence[Piece], largest: int) -> list[Pa
     return files
 
 
-def shard_sizes(pieces: Sequence[Piece], largest: int) -> dict[str, int]:
+def shard_sizes(pieces: Sequence[Piece], largest: int | None) -> dict[str, int]:
     """The files that `write_shards` would make and the bytes of each, without making a tensor."""
     shards = _shards(pieces, largest)
     sizes = {name: len(_header(shard)) + sum(piece.nbytes for piece in shard) for name, shard in shards.items()}
     return {**sizes, **({INDEX: len(_index(shards))} if len(shards) > 1 else {})}
 
 
-def _shards(pieces: Sequence[Piece], largest: int) -> dict[str, list[Piece]]:
+def _shards(pieces: Sequence[Piece], largest: int | None) -> dict[str, list[Piece]]:
+    largest = LARGEST if largest is None else largest
     shards: list[list[Piece]] = [[]]
     filled = 0
     for piece in pieces:

@@ -96,6 +96,11 @@ class Prepared(Protocol):
 P = TypeVar("P", bound=Prepared)
 
 
+def tracing() -> bool:
+    """True while torch.jit.trace records what is called: operators, not what a kernel called through ctypes does."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]  # torch does not export it
+
+
 class Backend(Protocol[P]):
     """One way to multiply with a quantised weight. Stateless; all state of a layer is in its `Prepared`.
 
@@ -123,5 +128,8 @@ class Backend(Protocol[P]):
         ...
 
     def linear(self, x: Tensor, prepared: P, bias: Tensor | None) -> Tensor:
-        """x (..., in), bias (out) or None -> x @ W^T + bias (..., out) in the dtype of x, which may be any float."""
+        """x (..., in), bias (out) or None -> x @ W^T + bias (..., out) in the dtype of x, which may be any float.
+
+        No gradient has to be recorded; see `differentiable_linear`.
+        """
         ...

@@ -22,13 +22,16 @@ NOT_COMPUTING = ("cpu", "disk", "meta")
 def infer_target_device(device_map: Any = None) -> str:
     """Return the device that a `device_map` computes on.
 
-    A device by name, index or `torch.device` is respected; None and "auto" mean the best device there is; of a dict the
-    first device that is not the CPU or a disk, else "cpu".
+    A device by name, index or `torch.device` is respected; "auto" means the best device there is; of a dict the first
+    device that is not the CPU or a disk, else "cpu". None is "cpu": transformers hands over a default device that
+    torch was given as a `device_map`.
     """
+    if device_map is None:
+        return "cpu"
     if isinstance(device_map, dict):
         devices = [str(resolve_device(d)) for d in device_map.values() if str(d) not in NOT_COMPUTING]
         return next((d for d in devices if d != "cpu"), "cpu")
-    if device_map is None or device_map in AUTOMATIC:
+    if device_map in AUTOMATIC:
         return str(resolve_device("auto"))
     return str(resolve_device(device_map))
 

@@ -23,13 +23,14 @@ ROWS_AT_ONCE = 4096
 class TransientLinear(nn.Module):
     """A quantised head that exists in memory only.
 
-    tied: the weight it was made from is the embedding's, which is still there and is saved as ever.
+    tied: the weight it was made from is the embedding's, which is still there and is saved as ever. dtype: its own.
     """
 
-    def __init__(self, inner: QLinear, tied: bool) -> None:
+    def __init__(self, inner: QLinear, tied: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.inner = inner
         self.tied = tied
+        self.weight = torch.empty(0, dtype=dtype)  # for forwards that ask for its dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
@@ -63,9 +64,10 @@ def round_head(model: Any, bits: int, layout: Packing, spelling: str) -> str | N
             f"lm_head_bits={bits} needs a compiled backend, and {backend.name} is none; see auto-round backends"
         )
     tied = any(p is weight for n, p in model.named_parameters() if n != f"{name}.weight")
-    inner = QLinear.from_qtensor(nearest(weight.detach(), scheme), layout, backend, head.bias, name)
+    codes = nearest(weight.detach(), scheme)
+    inner = QLinear.from_qtensor(codes, layout, backend, head.bias, name, asked=spelling, dtype=weight.dtype)
     parent = model.get_submodule(name.rpartition(".")[0])
-    setattr(parent, name.rpartition(".")[2], TransientLinear(inner, tied))
+    setattr(parent, name.rpartition(".")[2], TransientLinear(inner, tied, weight.dtype))
     return backend.name
 
 

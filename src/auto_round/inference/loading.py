@@ -15,7 +15,7 @@ class AutoRoundConfig(transformers.AutoRoundConfig):  # type: ignore[misc]  # tr
     model, and every token reads all of it. All else comes from the folder.
 
     >>> AutoRoundConfig(lm_head_bits=8).get_loading_attributes()
-    {'backend': 'auto', 'lm_head_bits': 8}
+    {'asked_backend': 'auto', 'lm_head_bits': 8}
     """
 
     def __init__(self, *args: Any, lm_head_bits: int | None = None, **kwargs: Any) -> None:
@@ -23,5 +23,8 @@ class AutoRoundConfig(transformers.AutoRoundConfig):  # type: ignore[misc]  # tr
         self.lm_head_bits = lm_head_bits
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What of this config wins over the folder's (transformers asks)."""
-        return {**super().get_loading_attributes(), "lm_head_bits": self.lm_head_bits}
+        """What of this config goes into the folder's (transformers asks).
+
+        Old folders name their packing in `backend`, so the one that is asked for goes beside it.
+        """
+        return {"asked_backend": self.backend, "lm_head_bits": self.lm_head_bits}

@@ -9,7 +9,7 @@ It is for inference: gradients flow to its input (adapters beside it can be trai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from auto_round.errors import BackendError, FormatError
 from auto_round.inference.base import ROW_MULTIPLE, Backend, Packing, Prepared, Stored
+from auto_round.inference.differentiable import differentiable_linear
+from auto_round.inference.select import choose
 from auto_round.qtensor import QTensor
 from auto_round.spec.scheme import Scheme
 
@@ -25,7 +27,7 @@ class QLinear(nn.Module):
     """y = x @ W^T + bias with W quantised.
 
     in_features, out_features: shape of the weight, (out, in). scheme, layout: how its codes mean and lie.
-    name: the layer's full name in its model, for messages.
+    name: the layer's full name in its model, for messages. asked: the user's spelling, for a backend on another device.
     """
 
     bias: nn.Parameter | None
@@ -41,6 +43,7 @@ class QLinear(nn.Module):
         backend: Backend[Any],
         bias: nn.Parameter | None = None,
         name: str = "",
+        asked: str = "auto",
         device: torch.device | str = "meta",
     ) -> None:
         super().__init__()
@@ -50,8 +53,10 @@ class QLinear(nn.Module):
         self.layout = layout
         self.backend = backend
         self.name = name
+        self.asked = asked
         self.prepared: Prepared | None = None
         self._home = torch.device(device)
+        self._dtype: torch.dtype | None = None  # of the inputs; None before `prepare`
         self._saved_as: Packing = layout
         self._stored_names: tuple[str, ...] = ()
         self.register_buffer("order", None, persistent=False)
@@ -63,9 +68,17 @@ class QLinear(nn.Module):
 
     @classmethod
     def from_qtensor(
-        cls, tensor: QTensor, layout: Packing, backend: Backend[Any], bias: nn.Parameter | None = None, name: str = ""
+        cls,
+        tensor: QTensor,
+        layout: Packing,
+        backend: Backend[Any],
+        bias: nn.Parameter | None = None,
+        name: str = "",
+        *,
+        asked: str = "auto",
+        dtype: torch.dtype = torch.float32,
     ) -> QLinear:
-        """Make a layer that is ready to run, without a file."""
+        """Make a layer that is ready to run, without a file; dtype: of its inputs where it has no bias that says so."""
         module = cls(
             tensor.in_features,
             tensor.out_features,
@@ -74,11 +87,12 @@ class QLinear(nn.Module):
             backend=backend,
             bias=bias,
             name=name,
+            asked=asked,
             device=tensor.codes.device,
         )
         for key, value in layout.encode(tensor).items():
             setattr(module, key, value)
-        module.prepare(torch.float32 if bias is None else bias.dtype)
+        module.prepare(dtype if bias is None else bias.dtype)
         return module
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -124,19 +138,63 @@ class QLinear(nn.Module):
     def prepare(self, dtype: torch.dtype) -> None:
         """Check the loaded tensors and let the backend turn them into what it computes from; frees what it replaces.
 
-        Raises FormatError when scales are not finite or a symmetric layer's zero points are not constant.
+        Raises FormatError when scales are not finite or do not fit the layout's dtype exactly, or when a symmetric
+        layer's zero points are not constant.
         """
+        if self.offloaded and self.backend.repacks:
+            raise BackendError(f"layer {self.name!r} is offloaded, so backend {self.backend.name!r} cannot repack it")
+        if self.offloaded:
+            return
+        _check(self.name, self.stored())
+        self._narrow()
         stored = self.stored()
-        if not self.offloaded:
-            _check(self.name, stored)
+        self._home, self._dtype = stored.tensors[self._stored_names[0]].device, dtype
         if not self.backend.repacks:
             return
-        if self.offloaded:
-            raise BackendError(f"layer {self.name!r} is offloaded, so backend {self.backend.name!r} cannot repack it")
         self.prepared = self.backend.prepare(stored, dtype)
-        self._home = stored.tensors[self._stored_names[0]].device
         for name in self._stored_names:
             self._buffers[name] = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLinear:
+        """Move or cast the layer (torch's extension point for both); on another device prepare it again.
+
+        Raises BackendError when no backend that was asked for runs there.
+        """
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._dtype is not None:
+            like = fn(torch.empty(0, dtype=self._dtype, device=self._home))
+            self._dtype = like.dtype
+            if like.device != self._home:
+                self._move(like.device)
+        return self
+
+    def _move(self, device: torch.device) -> None:
+        assert self._dtype is not None
+        if device.type == "meta":
+            raise BackendError(f"layer {self.name!r} cannot go to the meta device, where nothing holds its codes")
+        shape = (self.out_features, self.in_features)
+        backend = choose(self.asked, self.name, self.scheme, shape, self._dtype, device)
+        if self.prepared is not None:
+            self._buffers.update(Stored.of(self.prepared.qtensor().to(device), self.layout).tensors)
+        self.backend, self.prepared = backend, None
+        self.prepare(self._dtype)
+
+    def _narrow(self) -> None:
+        """Bring tensors back to the dtypes of the layout.
+
+        transformers widens what a model class names as kept in float32, by patterns that may match scales.
+        """
+        for name, (dtype, _) in self.layout.specs(self.scheme, self.out_features, self.in_features).items():
+            wide = self._buffers[name]
+            if wide is None or wide.dtype is dtype:
+                continue
+            narrow = wide.to(dtype)
+            if not torch.equal(narrow.to(wide.dtype), wide):
+                raise FormatError(
+                    f"layer {self.name!r}: its {name} in {wide.dtype} do not fit {dtype} exactly; quantise the model "
+                    "again or keep this layer"
+                )
+            self._buffers[name] = narrow
 
     def stored(self) -> Stored:
         """The layer's tensors as its file holds them, inputs in `order`.
@@ -163,13 +221,12 @@ class QLinear(nn.Module):
         """Multiply inputs (..., in) to outputs (..., out) of the same dtype."""
         if self.prepared is not None and x.device != self._home:
             raise BackendError(
-                f"layer {self.name!r} was prepared for {self._home} and its input is on {x.device}; backend "
-                f"{self.backend.name!r} cannot move a loaded model. Load it with device_map={str(x.device)!r}"
+                f"layer {self.name!r} is on {self._home} and its input on {x.device}; move one of them with "
+                f".to({str(x.device)!r}), or load the model with device_map={str(x.device)!r}"
             )
         prepared = self.prepared if self.prepared is not None else self.stored()
         x = x if self.order is None else x.index_select(-1, self.order)
-        y: Tensor = self.backend.linear(x, prepared, self.bias)
-        return y
+        return differentiable_linear(x, self.backend, prepared, self.bias)
 
     def extra_repr(self) -> str:
         """Shape, scheme and backend for printing."""

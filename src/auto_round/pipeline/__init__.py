@@ -2,6 +2,7 @@
 
 from auto_round.pipeline.flow import foresee, make_ready, quantise, run
 from auto_round.pipeline.job import Job, Quantised, Ready, Saving
+from auto_round.pipeline.planning import check_formats
 from auto_round.pipeline.publishing import publish, was_published
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "Quantised",
     "Ready",
     "Saving",
+    "check_formats",
     "foresee",
     "make_ready",
     "publish",

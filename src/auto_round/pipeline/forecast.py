@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -11,15 +12,16 @@ from auto_round.formats.base import Format
 from auto_round.formats.clients import Held, clients
 from auto_round.pipeline.duration import seconds
 from auto_round.pipeline.gate import foreseen
-from auto_round.pipeline.job import Prepared, Saving
+from auto_round.pipeline.job import Job, Prepared, Saving
 from auto_round.pipeline.needs import IN_PLACE, budget_bytes, needs, own_texts, shortage, too_much, writing_bytes
 from auto_round.pipeline.publishing import SPARE, journal_bytes
 from auto_round.pipeline.saving import blank_export
-from auto_round.pipeline.timing import measure
+from auto_round.pipeline.timing import Rates, measure
 from auto_round.pipeline.writing import check
 from auto_round.report.forecast import Forecast, ForecastFormat, ForecastLayer
 from auto_round.spec.fusions import broken_fusions
 from auto_round.spec.plan import LayerPlan
+from auto_round.spec.scheme import Scheme
 
 
 def forecast(prepared: Prepared, saving: Saving, target: Path, seqlen: int, opening: float) -> Forecast:
@@ -46,7 +48,8 @@ def forecast(prepared: Prepared, saving: Saving, target: Path, seqlen: int, open
         problems.append(f"{disk / 1e9:.2f} GB of disk are needed and {free / 1e9:.2f} GB are free")
     schemes = Counter(layer.scheme for layer in plan.quantised.values() if layer.scheme is not None)
     usual = max(schemes, key=lambda scheme: schemes[scheme], default=plan.scheme)
-    rates = measure(job, usual, place, prepared.source.checkpoint.entries.values())
+    rates, unwritable = _rates(job, usual, place, prepared)
+    problems += [unwritable] if unwritable else []
     return Forecast(
         model=prepared.source.title,
         model_bytes=sum(entry.nbytes for entry in prepared.source.checkpoint.entries.values()),
@@ -96,6 +99,19 @@ def _format(prepared: Prepared, saving: Saving, output: Format) -> ForecastForma
         other_bytes=sum(file.stat().st_size for file in export.extra),
         clients=clients(Held(prepared.plan, output.name, output.settings(prepared.plan))),
     )
+
+
+def _rates(job: Job, scheme: Scheme, place: Path, prepared: Prepared) -> tuple[Rates, str | None]:
+    """What this machine does in a second, and what is wrong with `place`, where the run will write.
+
+    Should it not be writable, another disk stands for it.
+    """
+    entries = prepared.source.checkpoint.entries.values()
+    try:
+        return measure(job, scheme, place, entries), None
+    except OSError as error:
+        sentence = f"{place}: cannot be written: {error.strerror}; times are those of another disk"
+        return measure(job, scheme, Path(tempfile.gettempdir()), entries), sentence
 
 
 def _problems(prepared: Prepared, seqlen: int, calibrated: bool) -> list[str]:

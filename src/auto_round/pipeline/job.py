@@ -65,12 +65,12 @@ class Saving:
     """How the result is written.
 
     formats: one goes into the output folder itself, several into a subfolder each. largest_shard: bytes of a weight
-    file. overwrite: replace another job's output or unfinished work. max_kl: KL divergence from the original, in nats,
-    above which a result is bad; None when it is not to be compared.
+    file, None for the format's own limit. overwrite: replace another job's output or unfinished work. max_kl: KL
+    divergence from the original, in nats, above which a result is bad; None when it is not to be compared.
     """
 
     formats: tuple[Format, ...]
-    largest_shard: int
+    largest_shard: int | None
     overwrite: bool
     max_kl: float | None
 

@@ -109,7 +109,8 @@ def needs(prepared: Prepared, samples: int, seqlen: int) -> Needs:
 def too_much(wanted: Needs, job: Job) -> str | None:
     """A sentence when a run needs more than its budget, else None."""
     stage = max(wanted.memory, key=lambda name: wanted.memory[name])
-    return shortage(stage, wanted.peak_bytes, job, "lower seqlen, or choose the recipe rtn, which needs no activations")
+    remedy = "lower seqlen, or choose the recipe rtn (auto-round-rtn), which needs no activations"
+    return shortage(stage, wanted.peak_bytes, job, remedy)
 
 
 def shortage(stage: str, needed: int, job: Job, remedy: str) -> str | None:

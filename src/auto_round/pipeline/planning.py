@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from torch import nn
 
-from auto_round.errors import SpecError
+from auto_round.errors import FormatError, SpecError
 from auto_round.formats.base import Format
-from auto_round.pipeline.job import Job
+from auto_round.pipeline.job import Job, Prepared
 from auto_round.registry import did_you_mean
 from auto_round.runtime.events import Listener
 from auto_round.source.blocks import find_block_lists, is_linear, kept_by_default, linears_in, text_names
@@ -47,19 +47,11 @@ def plan_layers(
 
     own = [*inside, *(shape for shape in outside if not skeleton.is_tied(f"{shape.name}.weight"))]
     prescribed = _prescribed(source, own, formats)
-    dense = any(output.name == "fake" for output in formats)
 
     def refuse(shape: LinearShape, scheme: Scheme) -> str | None:
         if isinstance(scheme, BlockScheme) and not prescribed:
             return f"{scheme.name} is a type of GGUF files: save as gguf alone to have it"
-        if output_name(skeleton, shape.name) is None:
-            return "transformers renames this model's tensors in a way that packed ones cannot follow"
-        if dense and skeleton.is_stacked(shape.name):
-            return "its weight is stored in one stack with those of other experts, which this format does not write"
-        narrow = next((f.name for f in formats if not f.holds_conv1d), None)
-        if narrow is not None and skeleton.is_conv1d(shape.name):
-            return f"it is a Conv1D, and readers of {narrow} look for Linears only"
-        return next((reason for f in formats if (reason := f.refuse(shape, scheme))), None)
+        return _refusal(skeleton, formats, shape, scheme)
 
     rules = _rules(job, skeleton, [shape.name for shape in outside], prescribed)
     plan = make_plan(inside, outside, lists, job.scheme, rules, refuse, prescribed, kept)
@@ -71,6 +63,30 @@ def plan_layers(
     for output in formats:
         output.check(plan)
     return plan
+
+
+def _refusal(skeleton: Skeleton, formats: Sequence[Format], shape: LinearShape, scheme: Scheme) -> str | None:
+    """Why one of the formats cannot hold a layer of this model in `scheme`, or None."""
+    if output_name(skeleton, shape.name) is None:
+        return "transformers renames this model's tensors in a way that packed ones cannot follow"
+    if any(f.name == "fake" for f in formats) and skeleton.is_stacked(shape.name):
+        return "its weight is stored in one stack with those of other experts, which this format does not write"
+    narrow = next((f.name for f in formats if not f.holds_conv1d), None)
+    if narrow is not None and skeleton.is_conv1d(shape.name):
+        return f"it is a Conv1D, and readers of {narrow} look for Linears only"
+    return next((reason for f in formats if (reason := f.refuse(shape, scheme))), None)
+
+
+def check_formats(prepared: Prepared, formats: Sequence[Format]) -> None:
+    """Raise FormatError when a format, which the plan may not have been made for, cannot hold a layer of it."""
+    for name, layer in prepared.plan.quantised.items():
+        assert layer.scheme is not None
+        shape = LinearShape(name, layer.out_features, layer.in_features)
+        reason = _refusal(prepared.skeleton, formats, shape, layer.scheme)
+        if reason is not None:
+            raise FormatError(f"layer {name!r}, {layer.scheme.name}: {reason}; name the format when calling quantize()")
+    for output in formats:
+        output.check(prepared.plan)
 
 
 def _prescribed(

@@ -14,7 +14,7 @@ from auto_round.pipeline.planning import untied
 from auto_round.qtensor import QuantTensor, from_blocks, to_blocks
 
 
-def save(result: Quantised, output: Format, folder: Path, largest_shard: int) -> None:
+def save(result: Quantised, output: Format, folder: Path, largest_shard: int | None) -> None:
     """Write one format into the empty folder `folder` and prove that every layer reads back as it was tuned.
 
     Raises FormatError naming the layer that does not.

@@ -5,6 +5,7 @@
                  blocks/    the journal, one file for every finished block
                  activations/  what enters and leaves blocks, when it is not to be in memory
                  source/    a loaded model or a GGUF file, unpacked
+                 given/     the tokenizer or processor that was given
                  written/   calibration text that the model wrote itself
                  output/    the output while it is put together; renamed to NAME when it is whole
                  replaced/  a former NAME on its way out
@@ -108,11 +109,21 @@ class Workspace:
         shutil.rmtree(self.folder)
 
 
-def check_output(output_dir: str | Path, source: object) -> Path:
-    """Return the output folder, links followed, as an absolute path whose parent exists.
+def check_output(output_dir: str | Path, source: str | Path) -> Path:
+    """Return the output folder as `check_place` does, its parent made; raises OutputError when that cannot be."""
+    target = check_place(output_dir, source)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{target.parent}: cannot be created: {error.strerror}") from None
+    return target
+
+
+def check_place(output_dir: str | Path, source: str | Path) -> Path:
+    """Return the output folder, links followed, as an absolute path.
 
     source: what the work begins with; a path when it lies on this disk. Raises OutputError when the folder cannot be
-    made or put in place, or holds the source, which an overwritten output would take with it.
+    put in place, or holds the source, which an overwritten output would take with it.
     """
     target = Path(output_dir).expanduser().resolve()
     if target.exists() and not target.is_dir():
@@ -122,14 +133,9 @@ def check_output(output_dir: str | Path, source: object) -> Path:
             f"{target}: is a mount point, whose place a finished folder cannot take; choose a folder inside it as "
             f"output_dir, such as {target / 'quantised'}"
         )
-    if isinstance(source, str | Path):
-        origin = Path(source).expanduser().resolve()
-        if origin.exists() and target in (origin, *origin.parents):
-            raise OutputError(f"{target}: holds {source}, which is to be read; choose another output_dir")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{target.parent}: cannot be created: {error.strerror}") from None
+    origin = Path(source).expanduser().resolve()
+    if origin.exists() and target in (origin, *origin.parents):
+        raise OutputError(f"{target}: holds {source}, which is to be read; choose another output_dir")
     return target
 
 

@@ -144,8 +144,10 @@ class Checkpoint:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """Return the safetensors files that make up the model."""
+    """Return the safetensors files that make up the model: the single one where there is one, as in transformers."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.is_file():
+        return [single]
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -157,8 +159,6 @@ def _shards(folder: Path) -> list[Path]:
             if not (folder / name).is_file():
                 raise SourceError(f"{index}: names {name!r}, which is not in the folder; download it again")
         return [folder / name for name in names]
-    if single.is_file():
-        return [single]
     pickles = sorted([*folder.glob("pytorch_model*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
     if pickles:
         raise SourceError(

@@ -43,13 +43,17 @@ SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")  # how llama.cpp names the fil
 
 @dataclass(frozen=True)
 class Source:
-    """A model on disk: what the user called it, its folder, tensors, config and tokenizer (None if it has none)."""
+    """A model on disk: what the user called it, its folder, tensors, config and tokenizer (None if it has none).
+
+    given: a folder with the files of the tokenizer or processor that the user gave, which go before the model's own.
+    """
 
     title: str
     folder: Path
     checkpoint: Checkpoint
     config: PretrainedConfig
     tokenizer: Any | None
+    given: Path | None = None
 
     @property
     def raw_config(self) -> dict[str, Any]:
@@ -59,8 +63,10 @@ class Source:
 
     @property
     def extra_files(self) -> tuple[Path, ...]:
-        """The folder's other files; see `extra_files`."""
-        return extra_files(self.folder)
+        """The folder's other files, see `extra_files`, with those that were given."""
+        folders = [self.folder, *([self.given] if self.given else [])]
+        files = {file.name: file for folder in folders for file in extra_files(folder)}
+        return tuple(files[name] for name in sorted(files))
 
 
 def extra_files(folder: Path) -> tuple[Path, ...]:
@@ -87,12 +93,14 @@ def open_source(
 ) -> Source:
     """Open `model`, unpacking it below `scratch` when it is not a folder of safetensors already.
 
-    processor: that of a vision-language model, saved beside a loaded model; its tokenizer is used when none is given.
+    tokenizer, processor: found in the folder when None, else saved with the result; the processor of a vision-language
+    model brings its tokenizer.
     Raises SourceError naming what is missing or damaged, or when the model is quantised already.
     """
     title = title_of(model)
+    given = _save_given(processor or tokenizer, scratch / "given")
     if isinstance(model, PreTrainedModel):
-        folder = _save_loaded(model, processor or tokenizer, scratch / "source")
+        folder = _save_loaded(model, scratch / "source")
     else:
         folder = _folder_of(Path(model).expanduser(), title, scratch)
     if not (folder / "config.json").is_file():
@@ -106,7 +114,7 @@ def open_source(
     if tokenizer is None:
         # A processor keeps its tokenizer there; image processors have none.
         tokenizer = getattr(processor, "tokenizer", None) or _tokenizer_of(folder, trust_remote_code)
-    return Source(title, folder, checkpoint, config, tokenizer)
+    return Source(title, folder, checkpoint, config, tokenizer, given)
 
 
 def title_of(model: str | Path | PreTrainedModel) -> str:
@@ -142,11 +150,17 @@ def _folder_of(path: Path, title: str, scratch: Path) -> Path:
         raise SourceError(f"{title}: no such folder, and the model hub does not give it either: {reason}") from None
 
 
-def _save_loaded(model: PreTrainedModel, tokenizer: Any | None, folder: Path) -> Path:
+def _save_loaded(model: PreTrainedModel, folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed, whose model may have been another
     model.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _save_given(tokenizer: Any | None, folder: Path) -> Path | None:
+    shutil.rmtree(folder, ignore_errors=True)
+    if tokenizer is None or not hasattr(tokenizer, "save_pretrained"):  # a function may stand for a processor
+        return None
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -208,7 +222,9 @@ def _unpack_gguf(file: Path, folder: Path) -> Path:
             f"{file}: transformers {transformers.__version__} finds no values in it for {len(missing)} parameters of "
             f"{type(model).__name__}, such as {missing[0]!r}; start from the original model's folder"
         )
-    return _save_loaded(model, tokenizer, folder)
+    _save_loaded(model, folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def _tokenizer_of(folder: Path, trust_remote_code: bool) -> Any | None:

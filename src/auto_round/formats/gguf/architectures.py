@@ -30,7 +30,7 @@ class Architecture:
     """One row of the table below.
 
     fused: query, key and value are one Linear, gate and up another. period: every how many layers the pattern of
-    special layers repeats, 0 for none.
+    special layers repeats, 0 for none. fixed: keys of config.json that no file holds, with the value they must have.
     """
 
     arch: MODEL_ARCH
@@ -39,7 +39,12 @@ class Architecture:
     rope_dimension: bool = False
     fused: bool = False
     period: int = 0
+    fixed: tuple[tuple[str, Any], ...] = ()
 
+
+EXPERTS_IN_ALL: tuple[tuple[str, Any], ...] = (("mlp_only_layers", []), ("decoder_sparse_step", 1))
+# Likewise of a yarn rotation: llama.cpp has keys for the first two, and reads them in other architectures only.
+YARN = (("beta_fast", 32), ("beta_slow", 1), ("truncate", True))
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
@@ -48,11 +53,13 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "mixtral": Architecture(MODEL_ARCH.LLAMA, permute=True, rope_dimension=True),
         "smollm3": Architecture(MODEL_ARCH.SMOLLM3, permute=True, rope_dimension=True, period=4),
         "qwen2": Architecture(MODEL_ARCH.QWEN2),
-        "qwen2_moe": Architecture(MODEL_ARCH.QWEN2MOE),
+        "qwen2_moe": Architecture(MODEL_ARCH.QWEN2MOE, fixed=(*EXPERTS_IN_ALL, ("norm_topk_prob", False))),
         "qwen3": Architecture(MODEL_ARCH.QWEN3),
-        "qwen3_moe": Architecture(MODEL_ARCH.QWEN3MOE),
+        "qwen3_moe": Architecture(MODEL_ARCH.QWEN3MOE, fixed=(*EXPERTS_IN_ALL, ("norm_topk_prob", True))),
         "gemma2": Architecture(MODEL_ARCH.GEMMA2, norm_plus_one=True, period=2),
-        "gemma3_text": Architecture(MODEL_ARCH.GEMMA3, norm_plus_one=True, period=6),
+        "gemma3_text": Architecture(
+            MODEL_ARCH.GEMMA3, norm_plus_one=True, period=6, fixed=(("use_bidirectional_attention", False),)
+        ),
         "phi3": Architecture(MODEL_ARCH.PHI3, rope_dimension=True, fused=True),
     }
 )
@@ -82,8 +89,22 @@ class Model:
         )
         self.tied = bool(self.config.tie_word_embeddings)
         self._names = get_tensor_name_map(self.architecture.arch, self.layers)
+        self._check_fixed()
         self._check_pattern()
         self._check_scale()
+
+    def _check_fixed(self) -> None:
+        """llama.cpp computes some things in one way only; a model that does otherwise would be another one there."""
+        rope = _rope(self.config)
+        stated = [(key, getattr(self.config, key, None), value) for key, value in self.architecture.fixed]
+        if rope.get("rope_type") == "yarn":
+            given = {key: value for key, value in rope.items() if value is not None}
+            stated += [(f"rope_parameters.{key}", given.get(key, value), value) for key, value in YARN]
+        for key, found, value in stated:
+            if found != value and (found or value):  # nothing and an empty list say the same
+                raise FormatError(
+                    f"GGUF: llama.cpp runs {self.name} with {key}={value!r} only, this model has {found!r}"
+                )
 
     def _check_scale(self) -> None:
         """llama.cpp scales Gemma's attention by the head's size, but in the largest by width over heads."""
@@ -202,6 +223,8 @@ def _describe_rope(writer: GGUFWriter, model: Model) -> None:
         writer.add_rope_scaling_factor(rope["factor"])
         if kind == "yarn":
             writer.add_rope_scaling_orig_ctx_len(int(original))
+            if (stretch := _yarn_attention(rope)) != 1:
+                writer.add_rope_scaling_attn_factors(stretch)
     elif kind == "longrope":
         stretch = config.max_position_embeddings / original
         writer.add_rope_scaling_orig_ctx_len(int(original))
@@ -210,6 +233,19 @@ def _describe_rope(writer: GGUFWriter, model: Model) -> None:
         )
     elif kind not in ("default", "llama3"):
         raise FormatError(f"GGUF: llama.cpp has no rotation scaled like {kind!r}")
+
+
+def _yarn_attention(rope: Mapping[str, Any]) -> float:
+    """What the attention of a yarn rotation is scaled by, over 0.1 ln(factor) + 1, which llama.cpp does by itself."""
+
+    def scale(share: float) -> float:
+        return 0.1 * share * math.log(rope["factor"]) + 1 if rope["factor"] > 1 else 1.0
+
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"]) / scale(1)
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return scale(rope["mscale"]) / scale(rope["mscale_all_dim"]) / scale(1)
+    return 1.0
 
 
 def _llama3_divisors(rope: Mapping[str, Any], head_dim: int) -> Tensor:

@@ -42,6 +42,8 @@ PATTERNS: Mapping[tuple[str, bool], str] = MappingProxyType(
     }
 )
 
+SPACE = "\u2581"  # what stands for a space within the tokens of SentencePiece
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -100,7 +102,8 @@ def read_vocabulary(tokenizer: Any | None, rows: int) -> Vocabulary:
     model = parts["model"]
     if model["type"] != "BPE":
         raise FormatError(f"GGUF: a tokenizer of the kind {model['type']} is not written here, only BPE")
-    tokens, types = _tokens(parts, rows)
+    by_characters = bool(model.get("byte_fallback"))
+    tokens, types = _tokens(parts, rows, by_characters)
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     ids = tokenizer("a", add_special_tokens=True)["input_ids"]
     special = {
@@ -113,7 +116,6 @@ def read_vocabulary(tokenizer: Any | None, rows: int) -> Vocabulary:
         )
         if token is not None and token < rows
     }
-    by_characters = bool(model.get("byte_fallback"))
     template = tokenizer.chat_template
     return Vocabulary(
         model="llama" if by_characters else "gpt2",
@@ -130,8 +132,11 @@ def read_vocabulary(tokenizer: Any | None, rows: int) -> Vocabulary:
     )
 
 
-def _tokens(parts: Mapping[str, Any], rows: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Text and type of every row; rows without a token are fillers, tokens beyond the last row cannot occur."""
+def _tokens(parts: Mapping[str, Any], rows: int, by_characters: bool) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Text and type of every row; rows without a token are fillers, tokens beyond the last row cannot occur.
+
+    llama.cpp looks for user-defined tokens in the text as it comes, in which a space is not yet U+2581.
+    """
     tokens = [f"[PAD{i}]" for i in range(rows)]
     types = [int(TokenType.UNUSED)] * rows
     for text, i in parts["model"]["vocab"].items():
@@ -139,8 +144,10 @@ def _tokens(parts: Mapping[str, Any], rows: int) -> tuple[tuple[str, ...], tuple
             tokens[i], types[i] = text, int(TokenType.NORMAL)
     for added in parts["added_tokens"]:
         if added["id"] < rows:
-            kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-            tokens[added["id"]], types[added["id"]] = added["content"], int(kind)
+            kind, text = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED, added["content"]
+            if by_characters and kind == TokenType.USER_DEFINED:
+                text = text.replace(SPACE, " ")
+            tokens[added["id"]], types[added["id"]] = text, int(kind)
     return tuple(tokens), tuple(types)
 
 

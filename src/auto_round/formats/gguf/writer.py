@@ -30,7 +30,7 @@ from auto_round.qtensor import BlockTensor, to_blocks
 from auto_round.runtime.durable import sync
 from auto_round.source.checkpoint import DTYPES
 from auto_round.spec.blocks import BlockScheme, block_of
-from auto_round.spec.plan import LinearShape, Plan
+from auto_round.spec.plan import LayerPlan, LinearShape, Plan
 from auto_round.spec.scheme import Scheme
 
 FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F32"}
@@ -53,6 +53,7 @@ class GgufFormat:
 
     holds_act_order = False
     holds_conv1d = True
+    holds_tokenizer = True
 
     def __init__(self, file_type: str) -> None:
         self.file_type = file_type
@@ -89,13 +90,30 @@ class GgufFormat:
         return None
 
     def check(self, plan: Plan) -> None:
-        """Every mix of types can be said."""
+        """A matrix of all experts is one tensor of one type; a file is called by the type that most layers have."""
+        stacks: dict[str, set[BlockScheme | None]] = {}
+        for layer in plan.layers:
+            if EXPERT.search(layer.name):
+                stacks.setdefault(EXPERT.sub(".experts.*.", layer.name), set()).add(_type_of(layer))
+        mixed = next((name for name, kinds in stacks.items() if len(kinds) > 1), None)
+        if mixed is not None:
+            kinds = ", ".join(sorted(kind.name if kind else "kept" for kind in stacks[mixed]))
+            raise FormatError(
+                f"GGUF: {mixed!r} is one tensor of one type, but its experts are {kinds}; give all of them one type, "
+                "or keep them all"
+            )
+        usual = None if isinstance(plan.scheme, BlockScheme) else block_of(plan.scheme, plan.scheme.group_size)
+        if usual is not None and usual.name != FILE_TYPES[self.file_type][1]:
+            raise FormatError(
+                f"{self.name} cannot be made from {plan.scheme.name}, whose grid is that of {usual.name}: choose "
+                f"gguf:{usual.name}, or quantise the original model as {self.name} alone"
+            )
 
     def settings(self, plan: Plan) -> Mapping[str, Any]:
         """Nothing: the file says it in its own words."""
         return {}
 
-    def sizes(self, export: Export, largest_shard: int) -> Mapping[str, int]:
+    def sizes(self, export: Export, largest_shard: int | None) -> Mapping[str, int]:
         """Names and bytes of the files: heads as they will be written, and the tensors behind them."""
         with tempfile.TemporaryDirectory() as scratch:
             writer, _ = self._begin(export, Path(scratch), largest_shard)
@@ -106,8 +124,11 @@ class GgufFormat:
                 for head, tensors in zip(heads, writer.tensors, strict=True)
             }
 
-    def write(self, export: Export, folder: Path, largest_shard: int) -> None:
-        """Write one file, or several of at most `largest_shard` bytes of tensors each, into `folder`."""
+    def write(self, export: Export, folder: Path, largest_shard: int | None) -> None:
+        """Write one file, or several of at most `largest_shard` bytes of tensors each, into `folder`.
+
+        None: one, whatever its size, as Ollama and transformers open no others.
+        """
         writer, items = self._begin(export, folder, largest_shard)
         for item in items:
             writer.write_tensor_data(item.make().contiguous().numpy())
@@ -115,14 +136,15 @@ class GgufFormat:
         for written in folder.glob("*.gguf"):
             sync(written)
 
-    def _begin(self, export: Export, folder: Path, largest_shard: int) -> tuple[GGUFWriter, list[Item]]:
+    def _begin(self, export: Export, folder: Path, largest_shard: int | None) -> tuple[GGUFWriter, list[Item]]:
         """Write the heads of the files; what follows are the tensors in order."""
         model = Model(export.config)
         title = export.title.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf") or "model"
         file = folder / f"{title}-{self.file_type.upper()}.gguf"
         items = list(self._items(export, model))
         total = sum(_nbytes(item) for item in items)
-        writer = GGUFWriter(file, model.name, split_max_size=largest_shard if total > largest_shard else 0)
+        split = largest_shard if largest_shard is not None and total > largest_shard else 0
+        writer = GGUFWriter(file, model.name, split_max_size=split)
         self._describe(writer, export, model, title)
         for item in items:
             dtype = np.dtype(np.float32 if item.kind == "F32" else np.uint8)
@@ -166,22 +188,23 @@ class GgufFormat:
         read_vocabulary(export.tokenizer, int(model.config.vocab_size)).describe(writer)
 
     def _items(self, export: Export, model: Model) -> Iterator[Item]:
-        layers = {export.stored_names[name]: name for name in export.plan.quantised}
+        weights = _weights(export)
         experts: dict[str, list[str]] = {}
-        for stored in export.checkpoint:
+        for stored, layer in weights.items():
             name = model.tensor_name(stored)
             if name is None:
                 continue
             if EXPERT.search(stored):
                 experts.setdefault(name, []).append(stored)
-            elif stored in layers:
-                yield self._layer(export, model, name, [layers[stored]])
+            elif layer is not None:
+                yield self._layer(export, model, name, [layer])
             else:
                 yield self._other(export, model, name, stored)
         for name, members in experts.items():
             members.sort(key=_expert_number)
-            if all(stored in layers for stored in members):
-                yield self._layer(export, model, name, [layers[stored] for stored in members])
+            layers = [layer for stored in members if (layer := weights[stored]) is not None]
+            if layers:  # then all of them: see `check`
+                yield self._layer(export, model, name, layers)
             else:
                 yield _stacked_floats(export, name, members)
         for name, tensor in model.extra_tensors().items():
@@ -190,10 +213,8 @@ class GgufFormat:
     def _layer(self, export: Export, model: Model, name: str, members: Sequence[str]) -> Item:
         """A layer's blocks; those of all experts in one tensor (experts, out, bytes)."""
         plans = [export.plan.quantised[member] for member in members]
-        schemes = {block_of(plan.scheme, plan.in_features) for plan in plans if plan.scheme is not None}
-        scheme = schemes.pop()
-        if schemes or scheme is None:
-            raise FormatError(f"GGUF: the experts of {name!r} must have one type, found several")
+        scheme = _type_of(plans[0])
+        assert scheme is not None  # see `refuse`
         shape = (plans[0].out_features, plans[0].in_features // scheme.size * scheme.block_bytes)
         order = model.row_order(name)
 
@@ -215,19 +236,30 @@ class GgufFormat:
                 packed = (entry.shape[0], entry.shape[1] // scheme.size * scheme.block_bytes)
                 return Item(name, scheme.name.upper(), packed, lambda: _embedding(export, stored, scheme))
         shape = entry.shape[1:] if "ffn_gate_inp_shexp" in name else entry.shape  # one row, a vector there
-        kind = FLOATS.get(DTYPES.get(entry.dtype, torch.uint8))
-        if kind is None:
-            raise FormatError(f"GGUF: tensor {stored!r} has dtype {entry.dtype}, which is not written")
+        kind = _float_kind(export, stored)
         if len(shape) == 1 or "norm" in name or "_inp" in name:
             kind = "F32"
 
         def make() -> Tensor:
             tensor = export.checkpoint.tensor(stored)
             tensor = tensor if order is None else tensor[order]
-            values = tensor.float() + shift if kind == "F32" else tensor.contiguous().view(torch.uint8)
-            return values.reshape(shape) if kind == "F32" else values
+            return tensor.float().reshape(shape) + shift if kind == "F32" else tensor.contiguous().view(torch.uint8)
 
-        return Item(name, kind, shape if kind == "F32" else (*shape[:-1], 2 * shape[-1]), make)
+        return _floats(name, kind, shape, make)
+
+
+def _weights(export: Export) -> dict[str, str | None]:
+    """Names of the tensors in the source's order, with the layer where it is one; a layer's codes are one weight."""
+    found: dict[str, str | None] = {}
+    for stored in export.checkpoint:
+        layer = export.replaced.get(stored)
+        found.setdefault(stored if layer is None else export.stored_names[layer], layer)
+    return found
+
+
+def _type_of(layer: LayerPlan) -> BlockScheme | None:
+    """The type that holds a layer's codes; None when it is kept."""
+    return None if layer.scheme is None else block_of(layer.scheme, layer.in_features)
 
 
 def _blocks(export: Export, name: str) -> BlockTensor:
@@ -240,9 +272,28 @@ def _expert_number(stored: str) -> int:
 
 
 def _stacked_floats(export: Export, name: str, members: Sequence[str]) -> Item:
-    entry = export.checkpoint.entries[members[0]]
-    shape = (len(members), *entry.shape)
-    return Item(name, "F32", shape, lambda: torch.stack([export.checkpoint.tensor(m).float() for m in members]))
+    kinds = {_float_kind(export, member) for member in members}
+    kind = kinds.pop() if len(kinds) == 1 else "F32"
+
+    def make() -> Tensor:
+        stack = torch.stack([export.checkpoint.tensor(member) for member in members])
+        return stack.float() if kind == "F32" else stack.view(torch.uint8)
+
+    return _floats(name, kind, (len(members), *export.checkpoint.entries[members[0]].shape), make)
+
+
+def _floats(name: str, kind: str, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Item:
+    """An item of the type `kind` of floats; shape: in elements. `make` gives float32, or the bytes of 16-bit floats."""
+    return Item(name, kind, shape if kind == "F32" else (*shape[:-1], 2 * shape[-1]), make)
+
+
+def _float_kind(export: Export, stored: str) -> str:
+    """The type in which a kept tensor is written; FormatError when it is of no floats."""
+    dtype = export.checkpoint.entries[stored].dtype
+    kind = FLOATS.get(DTYPES.get(dtype, torch.uint8))
+    if kind is None:
+        raise FormatError(f"GGUF: tensor {stored!r} has dtype {dtype}, which is not written")
+    return kind
 
 
 def _nbytes(item: Item) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from auto_round.inference.base import Reason, Stored
+from auto_round.inference.base import Reason, Stored, tracing
 from auto_round.inference.kernels.native import DTYPES, library, native_linear, operator_linear, reference_linear
 from auto_round.inference.kernels.tiles import QUADS_IN_UNIT, Tiles
 from auto_round.spec.scheme import Scheme
@@ -42,9 +42,8 @@ class Native:
             return reference_linear(x, prepared, bias)
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (x.requires_grad or bias is not None)):
-            return operator_linear(x, prepared, bias)
-        return native_linear(x, prepared, bias)
+        recorded = torch.compiler.is_compiling() or tracing()
+        return (operator_linear if recorded else native_linear)(x, prepared, bias)
 
 
 BACKEND = Native()

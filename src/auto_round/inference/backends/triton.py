@@ -30,7 +30,10 @@ class Triton:
     ) -> Reason | None:
         """It runs on CUDA and XPU devices with the package triton, which torch for them brings along."""
         if device.type not in ("cuda", "xpu"):
-            return Reason(f"it runs on CUDA and XPU devices, not on {device.type}", "use native or torch_reference")
+            return Reason(
+                f"it runs on CUDA and XPU devices, not on {device.type}",
+                "use native, or load with device_map='cuda' or 'xpu'",
+            )
         if dtype not in DTYPES:
             return Reason(f"it does not take {dtype} inputs", "load in bfloat16, float16 or float32")
         if find_spec("triton") is None:
@@ -44,10 +47,10 @@ class Triton:
         return Words.of(stored)
 
     def linear(self, x: Tensor, prepared: Words, bias: Tensor | None) -> Tensor:
-        """Multiply; where a gradient has to pass, with the dequantised weight."""
+        """Multiply; inputs of another dtype, with the dequantised weight."""
         from auto_round.inference.kernels.triton_linear import triton_linear
 
-        if x.dtype not in DTYPES or (torch.is_grad_enabled() and x.requires_grad):
+        if x.dtype not in DTYPES:
             weight = prepared.qtensor().dequantize(x.dtype)
             return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
         y = triton_linear(x, prepared)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from auto_round.errors import BackendError
 from auto_round.inference.backends.torch_reference import BACKEND as REFERENCE
@@ -45,13 +44,10 @@ class Borrowed:
         return self.kept.qtensor()
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x (..., in) of any float dtype; where a gradient has to pass, with the dequantised weight."""
-        bias = None if bias is None else bias.to(x.dtype)
-        if torch.is_grad_enabled() and x.requires_grad:
-            return linear(x, self.qtensor().to(x.device).dequantize(x.dtype), bias)
+        """x (..., in) of any float dtype -> (..., out)."""
         rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
         y = self.multiply(rows).to(x.dtype).view(*x.shape[:-1], -1)
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.to(x.dtype)
 
 
 @torch.no_grad()

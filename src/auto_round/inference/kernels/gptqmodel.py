@@ -26,7 +26,7 @@ def refusal(
     The package itself is asked, with the device it would run on.
     """
     if device.type != "cuda":
-        return Reason(f"it runs on CUDA devices, not on {device.type}", "use native, triton or torch_reference")
+        return Reason(f"it runs on CUDA devices, not on {device.type}", "use native, or load with device_map='cuda'")
     if find_spec("gptqmodel") is None:
         return Reason("the package gptqmodel is not installed", "install it", INSTALL)
     try:

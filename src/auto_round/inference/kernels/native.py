@@ -21,7 +21,6 @@ from torch.nn.functional import linear
 from auto_round.inference.base import Reason
 from auto_round.inference.kernels.tiles import Tiles
 from auto_round.runtime.compiled import REINSTALL, NotCompiledError, load_library
-from auto_round.spec.scheme import Scheme
 
 ABI = 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -105,14 +104,14 @@ def _numbers(tiles: Tiles) -> tuple[int, int, int, int]:
 
 
 def reference_linear(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
-    """The twin of `native_linear` in plain torch: dequantised in float32 or float64, differentiable."""
+    """The twin of `native_linear` in plain torch: dequantised in float32 or float64."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight = tiles.qtensor().dequantize(dtype)
     return linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
 
 
 # The operator takes the fields of `Tiles` one by one, as torch's schemas know tensors and numbers only. Its gradient is
-# not registered with it: that would cost every call 10 us and more, also where none is wanted.
+# not registered with it (see `differentiable_linear`): that would cost every call 10 us and more, wanted or not.
 _OPERATOR = "auto_round::tiles_linear"
 torch.library.define(
     _OPERATOR,
@@ -139,35 +138,9 @@ def _shape(
 torch.library.register_fake(_OPERATOR, _shape)
 
 
-class _Differentiable(torch.autograd.Function):
-    """The operator with its gradient to x and bias."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> Tensor:
-        y: Tensor = torch.ops.auto_round.tiles_linear(*arguments)
-        return y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, codes, scales, zeros, bias, *ctx.numbers = inputs
-        ctx.save_for_backward(codes, scales, zeros)
-        ctx.biased = bias is not None
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        codes, scales, zeros = ctx.saved_tensors
-        bits, group_width, out_features, in_features = ctx.numbers
-        scheme = Scheme(bits, group_width, zeros is None)
-        weight = Tiles(codes, scales, zeros, scheme, out_features, in_features).qtensor().dequantize(torch.float32)
-        for_bias = grad.flatten(0, -2).sum(0) if ctx.biased else None
-        return (grad.float() @ weight).to(grad.dtype), None, None, None, for_bias, None, None, None, None
-
-
 def operator_linear(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
-    """`native_linear` as the operator ``auto_round::tiles_linear``: torch.compile and autograd see through it."""
-    wanted = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    call: Any = _Differentiable.apply if wanted else torch.ops.auto_round.tiles_linear
-    y: Tensor = call(x, tiles.codes, tiles.scales, tiles.zeros, bias, *_numbers(tiles))
+    """`native_linear` as the operator ``auto_round::tiles_linear``, for torch.compile and jit.trace; no gradient."""
+    y: Tensor = torch.ops.auto_round.tiles_linear(x, tiles.codes, tiles.scales, tiles.zeros, bias, *_numbers(tiles))
     return y
 
 

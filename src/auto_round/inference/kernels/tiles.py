@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from auto_round.errors import FormatError
 from auto_round.inference.base import Stored
 from auto_round.qtensor import QTensor
 from auto_round.spec.scheme import Scheme
@@ -23,6 +24,7 @@ class Tiles:
     """One packed layer.
 
     codes: (tiles, bytes) uint8. scales: (tiles, groups, 32) float16. zeros: like scales, uint8, or None if symmetric.
+    Raises FormatError for scales of another dtype.
     """
 
     codes: Tensor
@@ -31,6 +33,10 @@ class Tiles:
     scheme: Scheme
     out_features: int
     in_features: int
+
+    def __post_init__(self) -> None:
+        if self.scales.dtype != torch.float16:  # the kernel reads their bits
+            raise FormatError(f"scales have dtype {self.scales.dtype}, expected float16")
 
     @classmethod
     def of(cls, tensor: QTensor) -> Tiles:

@@ -7,9 +7,11 @@ dtype holds them. This module needs triton; only the backend imports it.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -106,7 +108,7 @@ def _many(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Program (i, j): tokens j * bm and up, outputs i * bn and up."""
     n = tl.program_id(0) * bn + tl.arange(0, bn)
-    m = tl.program_id(1) * bm + tl.arange(0, bm)
+    m = tl.program_id(1).to(tl.int64) * bm + tl.arange(0, bm)  # x and y may have more than 2^31 elements
     total = tl.zeros((bm, bn), tl.float32)
     for begin in range(0, inputs, bk):
         k = begin + tl.arange(0, bk)
@@ -127,9 +129,21 @@ def triton_linear(x: Tensor, prepared: Words) -> Tensor:
     width = scheme.group_width(prepared.in_features)
     tensors: tuple[Any, ...] = (rows, prepared.words, prepared.scales, zeros, y)
     numbers = (prepared.in_features, outputs, width, scheme.bits, scheme.sym)
-    if rows.shape[0] <= FEW_TOKENS:
-        _few[(triton.cdiv(outputs, 32), rows.shape[0])](*tensors, *numbers, bk=128, bn=32)
-    else:
-        grid = (triton.cdiv(outputs, 64), triton.cdiv(rows.shape[0], 32))
-        _many[grid](*tensors, rows.shape[0], *numbers, bm=32, bk=64, bn=64)
+    with launching_on(x.device):
+        if rows.shape[0] <= FEW_TOKENS:
+            _few[(triton.cdiv(outputs, 32), rows.shape[0])](*tensors, *numbers, bk=128, bn=32)
+        else:
+            grid = (triton.cdiv(outputs, 64), triton.cdiv(rows.shape[0], 32))
+            _many[grid](*tensors, rows.shape[0], *numbers, bm=32, bk=64, bn=64)
     return y.reshape(*x.shape[:-1], outputs)
+
+
+def launching_on(device: torch.device) -> AbstractContextManager[Any]:
+    """Around a launch, which goes to the current device wherever its tensors are.
+
+    Nothing in the interpreter, which runs on the CPU, and while torch.compile records, which sees to it itself.
+    """
+    if device.type == "cpu" or torch.compiler.is_compiling():
+        return nullcontext()
+    found: AbstractContextManager[Any] = torch.get_device_module(device).device(device)
+    return found
