@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from auto_round import AutoRound, AutoRoundConfig
-from auto_round.errors import SpecError
+from auto_round.conversion import convert
+from auto_round.errors import FormatError, SpecError
 from auto_round.load import fused_of, load_qtensors
 from auto_round.pipeline import runner
 from auto_round.spec.plan import Plan
@@ -222,6 +223,21 @@ def test_a_conv1d_is_not_written_for_readers_that_leave_it_out(format: str, tmp_
     tiny(CONFIGS["gpt2"]).save_pretrained(tmp_path / "plain")
     with pytest.raises(SpecError, match=f"it is a Conv1D, and readers of {format} look for Linears only"):
         AutoRound(tmp_path / "plain", group_size=32, device="cpu").quantize_and_save(tmp_path / "out", format)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_conv1d_is_converted_as_what_it_is(bare: bool, tmp_path: Path) -> None:
+    model = tiny(CONFIGS["gpt2"])
+    (model.transformer if bare else model).save_pretrained(tmp_path / "plain")
+    result = tune(tmp_path / "plain", tmp_path / "out")
+    for format in ("auto_awq", "llm_compressor"):
+        with pytest.raises(FormatError, match=f"it is a Conv1D, and readers of {format} look for Linears only"):
+            convert(tmp_path / "out", tmp_path / "no", format)
+    convert(tmp_path / "out", tmp_path / "fake", "fake")
+    expected = t.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32).eval()
+    dequantise_into(expected, result)
+    found = t.AutoModelForCausalLM.from_pretrained(tmp_path / "fake", dtype=torch.float32).eval()
+    torch.testing.assert_close(logits_of(found), logits_of(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_every_format_finds_mixed_bits_in_a_checkpoint_of_the_bare_model(tmp_path: Path) -> None:

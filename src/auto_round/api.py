@@ -41,8 +41,9 @@ from auto_round.spec.scheme import Scheme
 class AutoRound:
     """Quantise one causal language model.
 
-    model: a folder, a hub id, a ``.gguf`` file or a loaded ``PreTrainedModel``; tokenizer: its tokenizer, found beside
-    the weights when None. scheme: a preset such as "W4A16" or "W2A16G64"; bits, group_size and sym override it.
+    model: a folder, a hub id, a ``.gguf`` file or a loaded ``PreTrainedModel``; tokenizer: its tokenizer; None finds
+    the one beside the weights of a folder. scheme: a preset such as "W4A16" or "W2A16G64"; bits, group_size and sym
+    override it.
     layer_config: pattern (name, glob or regular expression) -> {"bits": ...}, preset or "keep"; later rules win.
     ignore_layers: patterns of layers to keep, whatever layer_config says; to_quant_block_names: the lists of blocks to
     quantise, such as "model.layers", in place of the one that is found. Both a list or one string with commas.

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 from auto_round.errors import FormatError
 from auto_round.formats import FORMATS, open_coded
@@ -28,6 +30,7 @@ from auto_round.runtime.durable import disk_errors
 from auto_round.runtime.journal import Journal
 from auto_round.runtime.workspace import check_free, check_output, workspace
 from auto_round.source.foreign import foreign
+from auto_round.source.skeleton import auto_class
 from auto_round.spec.plan import LayerPlan, LinearShape, Plan
 from auto_round.spec.scheme import ALLOWED_BITS, Scheme
 from auto_round.tune.alone import quantise_alone
@@ -119,9 +122,23 @@ def convert(
     return Conversion(str(source), model.format, str(folder), format, len(model.layers), losses)
 
 
+def conv1d_layers(model: CodedModel) -> frozenset[str]:
+    """Layers that stand for a Conv1D, whose weight is (in, out); none where transformers does not know the model."""
+    try:
+        config = AutoConfig.for_model(**model.config)
+    except ValueError:  # code of its own
+        return frozenset()
+    with foreign(f"{model.path}: the model of its config cannot be built"), init_empty_weights():
+        modules = auto_class(config).from_config(config).named_modules()
+    turned = tuple(f".{name}" for name, module in modules if isinstance(module, Conv1D))
+    # A file of the bare model lacks the first parts of the names.
+    return frozenset(name for name in model.layers if any(full.endswith(f".{name}") for full in turned))
+
+
 def obstacles(model: CodedModel, plan: Plan, target: Format) -> dict[str, str]:
     """Layers that `target` cannot hold as they are, and why."""
     found = {}
+    turned = conv1d_layers(model) if not target.holds_conv1d else frozenset()
     for layer in plan.quantised.values():
         assert layer.scheme is not None
         reason = target.refuse(LinearShape(layer.name, layer.out_features, layer.in_features), layer.scheme)
@@ -129,6 +146,8 @@ def obstacles(model: CodedModel, plan: Plan, target: Format) -> dict[str, str]:
             reason = f"inputs of a group are not neighbours (act-order), and {target.name} has no g_idx"
         if reason is None and target.holds_tokenizer and FORMATS[model.format].holds_tokenizer:
             reason = f"blocks of {model.layers[layer.name].kind} are not carried from file to file"
+        if reason is None and layer.name in turned and not target.holds_conv1d:
+            reason = f"it is a Conv1D, and readers of {target.name} look for Linears only"
         if reason is not None:
             found[layer.name] = reason
     return found
@@ -136,7 +155,7 @@ def obstacles(model: CodedModel, plan: Plan, target: Format) -> dict[str, str]:
 
 def exact_targets(model: CodedModel, plan: Plan) -> list[str]:
     """Formats that hold the model as it is, in the registry's order, which begins with what most software reads."""
-    return [name for name in FORMATS if _holds(model, plan, FORMATS[name])]
+    return [name for name in FORMATS.usable() if _holds(model, plan, FORMATS[name])]
 
 
 def _holds(model: CodedModel, plan: Plan, target: Format) -> bool:
@@ -241,5 +260,6 @@ def _export(model: CodedModel, plan: Plan, again: Collection[str], rounded: Jour
         provenance={**provenance_of(model.settings), "converted_from": model.format},
         title=model.path.resolve().name,
         tokenizer=tokenizer,
+        transposed=conv1d_layers(model),
         act_order=any(layer.act_order for layer in model.layers.values() if layer.name not in again),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Generic, TypeVar, cast
 
 from auto_round.errors import AutoRoundError
@@ -38,8 +39,29 @@ class Registry(Generic[T]):
         return name in self._targets
 
     def __getitem__(self, name: str) -> T:
-        """Import and return the object called `name`; raise the registry's error with the nearest names if unknown."""
+        """Import and return the object called `name`.
+
+        Raises the registry's error, with the nearest names if it is unknown, or naming a package that it needs.
+        """
         if name not in self._targets:
             raise self._error(f"unknown {self.kind} {name!r}. {did_you_mean(name, list(self._targets))}")
-        module, _, attribute = self._targets[name].partition(":")
-        return cast(T, getattr(importlib.import_module(module), attribute))
+        path, _, attribute = self._targets[name].partition(":")
+        try:
+            module = importlib.import_module(path)
+        except ModuleNotFoundError as error:
+            package = (error.name or __name__).partition(".")[0]
+            if package == __name__.partition(".")[0]:
+                raise
+            raise self._error(
+                f"{self.kind} {name!r} needs the package {package}, which is not installed: pip install {package}"
+            ) from None
+        return cast(T, getattr(module, attribute))
+
+    def usable(self) -> list[str]:
+        """Names of those whose packages are installed."""
+        names = []
+        for name in self:
+            with suppress(self._error):
+                self[name]
+                names.append(name)
+        return names

@@ -377,7 +377,7 @@ MaxMemory = Annotated[
         "Machine",
         "--max_memory",
         "Resident memory to stay below, such as 6GB (default: what the machine has); activations go to disk and fewer "
-        "samples through a block at once, with the same result.",
+        "samples through a block at once, with the same result but for last bits.",
         "SIZE",
     ),
 ]
@@ -408,7 +408,7 @@ ConvertFormat = Annotated[
     _flag(
         "Output",
         "--format",
-        "What to write, by name: auto_round, auto_gptq, gptq_v2, auto_awq, llm_compressor or fake.",
+        "What to write, by name: auto_round, auto_gptq, gptq_v2, auto_awq, llm_compressor, fake, gguf:q4_0, gguf:q8_0.",
         "NAME",
     ),
 ]

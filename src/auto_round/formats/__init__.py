@@ -34,7 +34,7 @@ def open_coded(path: Path | str, scratch: Path) -> CodedModel:
     Raises SourceError when it cannot be read and FormatError when no format knows it or its parts disagree.
     """
     path = Path(path).expanduser()
-    for name in FORMATS:
+    for name in FORMATS if path.suffix == ".gguf" else FORMATS.usable():
         model = FORMATS[name].open(path, scratch)
         if model is not None:
             return model

@@ -6,7 +6,8 @@ import ctypes
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-REINSTALL = "pip install --force-reinstall --no-cache-dir --no-deps auto-round"
+# Not by its name: that of the package index is another's.
+REINSTALL = "pip install --force-reinstall --no-cache-dir --no-deps . (in the folder it was installed from)"
 
 
 class NotCompiledError(Exception):

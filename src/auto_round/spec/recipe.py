@@ -29,7 +29,7 @@ class Recipe:
     enable_minmax_tuning: tune the ranges as well as the rounding.
     enable_quanted_input: feed a block what the quantised blocks before it give (else the original's activations).
     low_gpu_mem_usage: keep activations on the host and move them batch by batch.
-    enable_torch_compile: compile the elementwise passes and the block's forward.
+    enable_torch_compile: compile the block's forward.
     start: "plain" (max range), "search" (range search weighted by the inputs' second moment) or
         "compensated" (search, then error-compensated rounding in GPTQ order, arXiv 2210.17323).
     heldout: share of the samples kept out of the steps, on which the best iterate is chosen.
