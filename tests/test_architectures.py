@@ -19,8 +19,13 @@ from torch import Tensor, nn
 from auto_round import AutoRound, AutoRoundConfig
 from auto_round.conversion import convert
 from auto_round.errors import FormatError, SpecError
+from auto_round.formats import FORMATS
 from auto_round.load import fused_of, load_qtensors
-from auto_round.pipeline import runner
+from auto_round.pipeline import needs, runner
+from auto_round.pipeline.preparing import prepare
+from auto_round.source.blocks import linears_in
+from auto_round.source.checkpoint import Checkpoint
+from auto_round.source.skeleton import Skeleton
 from auto_round.spec.plan import Plan
 from auto_round.tune.block import BlockTask, TunedBlock, tune_block
 
@@ -271,6 +276,61 @@ def test_experts_that_no_token_reaches_are_counted(tmp_path: Path, caplog: pytes
     assert (
         f"{sum(block.unreached for block in report.blocks)} layers were reached by no calibration token" in caplog.text
     )
+
+
+def test_stacks_of_experts_are_read_once_for_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(CONFIGS["gpt_oss"])
+    model.save_pretrained(tmp_path / "plain")
+    read: list[str] = []
+    tensor = Checkpoint.tensor
+
+    def counted(self: Checkpoint, name: str) -> Tensor:
+        read.append(name)
+        return tensor(self, name)
+
+    monkeypatch.setattr(Checkpoint, "tensor", counted)
+    skeleton = Skeleton(model.config, Checkpoint(tmp_path / "plain"))
+    block = skeleton.model.get_submodule("model.layers.0")
+    skeleton.load(block, "model.layers.0", torch.float32, torch.device("cpu"))
+    stacks = [name for name in read if "experts" in name and "bias" not in name]
+    assert len(stacks) == len(set(stacks)) == 2
+    names = [f"model.layers.0.{name}.weight" for name in linears_in(block)]
+    read.clear()
+    weights = skeleton.weights(names)
+    assert list(weights) == names
+    assert all(torch.equal(weights[name], dict(block.named_parameters())[name[15:]]) for name in names)
+    assert len([name for name in read if "experts" in name]) == 2
+
+
+def test_a_model_of_stacked_experts_can_be_planned(tmp_path: Path) -> None:
+    tiny(CONFIGS["gpt_oss"]).save_pretrained(tmp_path / "plain")
+    forecast = AutoRound(tmp_path / "plain", group_size=32, device="cpu", dataset=TOKENS).plan(tmp_path / "out")
+    assert forecast.total_seconds > 0
+    assert not any("cannot be written" in problem for problem in forecast.problems)
+
+
+def test_experts_count_in_a_forecast_as_often_as_they_are_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("auto_round.pipeline.needs.resident_bytes", lambda: 0)
+    found = {}
+    for count in (4, 32):
+        tiny(t.Qwen3MoeConfig(**{**EXPERTS, "num_experts": count})).save_pretrained(tmp_path / str(count))
+        job = AutoRound(tmp_path / str(count), group_size=32, device="cpu")._job
+        prepared = prepare(job, [FORMATS["auto_round"]], tmp_path)
+        found[count] = needs.all_sizes(prepared)[0]
+    few, many = found[4], found[32]
+    assert many.parameters > 4 * few.parameters
+    assert many.features <= few.features + 200  # the router's outputs
+    assert many.multiplied < 1.3 * few.multiplied
+
+
+def test_the_size_before_counts_a_shared_weight_once(tmp_path: Path) -> None:
+    tiny(t.Qwen2Config(**{**HEAD, "tie_word_embeddings": True})).save_pretrained(tmp_path / "plain")
+    tuner = AutoRound(tmp_path / "plain", recipe="rtn", group_size=32, device="cpu", quant_lm_head=True)
+    expected = sum(tensor.nbytes for tensor in load_file(tmp_path / "plain" / "model.safetensors").values())
+    assert tuner.plan(tmp_path / "out").model_bytes == expected
+    assert tuner.quantize_and_save(tmp_path / "out").bytes_before == expected
 
 
 class Counting:

@@ -109,29 +109,36 @@ def test_activations_on_disk_count_and_are_gone_before_the_output_is_written(
 ) -> None:
     from auto_round.pipeline import publishing
 
-    changes: dict[str, Any] = {"finish_iters": finish_iters, "activations_on_disk": True}
+    tokens = torch.randint(3, 98, (96, 64), generator=torch.Generator().manual_seed(0))
+    changes: dict[str, Any] = {"finish_iters": finish_iters, "activations_on_disk": True, "iters": 1}
+    changes |= {"dataset": tokens, "nsamples": 96, "seqlen": 64}  # more bytes than the output's
     there: list[bool] = []
     published = flow.publish
 
     def watched(result: Any, saving: Any, work: Any, listener: Any) -> Any:
         there.append((work.folder / "activations").exists())
+        if not there[1:]:
+            raise KeyboardInterrupt
         return published(result, saving, work, listener)
 
     monkeypatch.setattr(flow, "publish", watched)
-    tuned(llama_folder, tmp_path / "out", **changes)
-    assert there == [False]
-
-    forecast = AutoRound(llama_folder, **{**killing.SETTINGS, **changes}).plan(tmp_path / "other")
-    without = AutoRound(llama_folder, **{**killing.SETTINGS, **changes, "activations_on_disk": False}).plan(
-        tmp_path / "other"
-    )
-    activations = forecast.disk_bytes - without.disk_bytes
-    assert activations > 100_000
-    needed = publishing.SPARE + forecast.journal_bytes + sum(forecast.formats[0].files.values()) + activations
+    tuner = AutoRound(llama_folder, **{**killing.SETTINGS, **changes})
+    forecast = tuner.plan(tmp_path / "out")
+    outputs = sum(forecast.formats[0].files.values())
+    needed = publishing.SPARE + forecast.disk_bytes
+    assert forecast.disk_bytes > forecast.journal_bytes + 2 * outputs
     usage = publishing.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(publishing.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1000))
+
+    def leave(free: int) -> None:
+        monkeypatch.setattr(publishing.shutil, "disk_usage", lambda _: usage._replace(free=free))
+
+    leave(needed - 1000)
     with pytest.raises(OutputError, match="needed on this disk"):
-        tuned(llama_folder, tmp_path / "other", **changes)
-    assert AutoRound(llama_folder, **{**killing.SETTINGS, **changes}).plan(tmp_path / "other").problems
-    monkeypatch.setattr(publishing.shutil, "disk_usage", lambda _: usage._replace(free=needed))
-    tuned(llama_folder, tmp_path / "other", **changes)
+        tuner.quantize_and_save(tmp_path / "out")
+    assert tuner.plan(tmp_path / "out").problems
+    leave(needed)
+    with pytest.raises(KeyboardInterrupt):
+        tuner.quantize_and_save(tmp_path / "out")
+    leave(publishing.SPARE + forecast.journal_bytes + outputs)  # all blocks are done: there will be none
+    tuner.quantize_and_save(tmp_path / "out")
+    assert there == [False, False]

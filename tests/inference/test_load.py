@@ -175,7 +175,7 @@ def test_spellings_of_older_and_other_writers(tmp_path: Path, packing: str, keys
     assert_same(tmp_path, dense)
 
 
-@pytest.mark.parametrize("asked", ["auto", "torch"])
+@pytest.mark.parametrize("asked", ["auto", "torch", "auto_round:auto_gptq"])
 def test_asking_for_a_backend_leaves_the_packing_that_an_old_folder_names_there(tmp_path: Path, asked: str) -> None:
     dense = tiny_llama(num_hidden_layers=1)
     keys = {"packing_format": None, "backend": "auto_round:gptqmodel"}

@@ -157,7 +157,8 @@ def _packing_and_backend(values: Mapping[str, Any]) -> tuple[str, bool, str]:
     backend = str(values.get("backend") or "auto")
     if backend != "auto" and backend in PACKINGS:
         packing, backend = (backend if packing == UNSAID_PACKING else packing), "auto"
-    backend = str(values.get("asked_backend") or backend)  # see `AutoRoundConfig`
+    asked = values.get("asked_backend") or backend  # see `AutoRoundConfig`
+    backend = "auto" if asked in PACKINGS else str(asked)
     if packing not in PACKINGS:
         raise FormatError(
             f"packing_format {packing!r} is not one this version reads. {did_you_mean(packing, list(PACKINGS))}"

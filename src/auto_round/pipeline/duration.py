@@ -23,7 +23,7 @@ def seconds(
 ) -> Mapping[str, float]:
     """Seconds by part. outputs: bytes of all folders; checked: what the end gate will run, None when it will not."""
     weights = sum(layer.out_features * layer.in_features for layer in prepared.plan.quantised.values())
-    source = sum(entry.nbytes for entry in prepared.source.checkpoint.entries.values())
+    source = sum(entry.nbytes for entry in prepared.skeleton.checkpoint.entries.values())
     keeping = weights * rates.kept
     # A tensor that is copied is read from the source, and what is written is read back to be proved.
     copied = sum(e.nbytes for n, e in prepared.source.checkpoint.entries.items() if n not in _replaced(prepared))
@@ -61,7 +61,7 @@ def _block(prepared: Prepared, sizes: Sizes, rates: Rates, samples: int, seqlen:
     hidden: int = prepared.skeleton.model.get_input_embeddings().weight.shape[1]
     per_step, held = recipe.per_step(samples), _held(recipe, samples)
     searching = recipe.start != "plain"
-    products = rates.forward * (sizes.parameters + ATTENTION_SHARE * 2 * seqlen * hidden)  # of one token
+    products = rates.forward * (sizes.multiplied + ATTENTION_SHARE * 2 * seqlen * hidden)  # of one token
     once, step = products + rates.around * sizes.features, 3 * products + rates.around_step * sizes.features
     passes = seqlen * once * ((CHAINS + searching) * samples + LOSSES * held)
     steps = recipe.iters * (per_step * seqlen * step + sizes.weights * rates.sweep)

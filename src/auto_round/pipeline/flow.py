@@ -25,7 +25,7 @@ from auto_round.pipeline.job import Job, Prepared, Quantised, Ready, Saving
 from auto_round.pipeline.needs import Needs, heed, needs, too_much
 from auto_round.pipeline.planning import tell_plan
 from auto_round.pipeline.preparing import prepare
-from auto_round.pipeline.publishing import check_space, made_with, publish, published
+from auto_round.pipeline.publishing import check_space, kept_all, made_with, publish, published
 from auto_round.pipeline.runner import Runner
 from auto_round.pipeline.signature import signature
 from auto_round.pipeline.writing import check, written
@@ -104,7 +104,7 @@ def run(job: Job, saving: Saving, work: Workspace, listener: Listener) -> RunRep
     CheckError when the result, which may be an earlier run's, is too far from the original.
     """
     begun = work.recorded() or (None if saving.overwrite else made_with(work.target))
-    prepared = _opened(job if begun is None else _as_begun(job, begun), saving.formats, work.folder, listener)
+    prepared = _opened(job if begun is None else _as_begun(job, begun, listener), saving.formats, work.folder, listener)
     ready = _signed(prepared, listener)
     done = None if saving.overwrite else published(work.target, ready, saving.formats)
     if done is not None:
@@ -118,7 +118,9 @@ def run(job: Job, saving: Saving, work: Workspace, listener: Listener) -> RunRep
         work.check(ready.facts)
     shutil.rmtree(work.folder / ACTIVATIONS, ignore_errors=True)  # of a run that was killed
     wanted = _needs_of(ready)
-    check_space(prepared, saving, work, wanted.activation_bytes if wanted.on_disk else 0)
+    check_space(
+        prepared, saving, work, wanted.activation_bytes if wanted.on_disk and not kept_all(prepared, work) else 0
+    )
     ready = written(ready, work.folder / WRITTEN, listener)
     work.claim(ready.facts, overwrite=saving.overwrite)
     journal = Journal(work.blocks)
@@ -133,7 +135,7 @@ def run(job: Job, saving: Saving, work: Workspace, listener: Listener) -> RunRep
         raise
 
 
-def _as_begun(job: Job, begun: Mapping[str, Any]) -> Job:
+def _as_begun(job: Job, begun: Mapping[str, Any], listener: Listener) -> Job:
     """The job with the dtype and the set of text in which its work was begun: found anew they might be others.
 
     begun: facts of the work, or of the finished output, see `made_with`.
@@ -142,6 +144,8 @@ def _as_begun(job: Job, begun: Mapping[str, Any]) -> Job:
         job = replace(job, dtype=compute_dtype(begun["compute_dtype"], job.device))
     if job.dataset == "auto" and isinstance(begun.get("calibration"), str):
         job = replace(job, dataset=set_behind_auto(begun["calibration"]))
+        if job.dataset != "auto":
+            listener.note(f"calibration text: {job.dataset}, with which this was begun; dataset names another")
     return job
 
 

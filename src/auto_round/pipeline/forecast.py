@@ -41,7 +41,7 @@ def forecast(prepared: Prepared, saving: Saving, target: Path, seqlen: int, open
     checked = foreseen(prepared, samples, seqlen) if saving.max_kl is not None else None
     formats = tuple(_format(prepared, saving, output) for output in saving.formats)
     journal, outputs = journal_bytes(prepared), sum(entry.bytes for entry in formats)
-    disk = journal + outputs + (wanted.activation_bytes if wanted.on_disk else 0)
+    disk = journal + max(outputs, wanted.activation_bytes if wanted.on_disk else 0)
     place = next(parent for parent in (target, *target.parents) if parent.is_dir())
     free = shutil.disk_usage(place).free
     if disk + SPARE > free:
@@ -52,7 +52,7 @@ def forecast(prepared: Prepared, saving: Saving, target: Path, seqlen: int, open
     problems += [unwritable] if unwritable else []
     return Forecast(
         model=prepared.source.title,
-        model_bytes=sum(entry.nbytes for entry in prepared.source.checkpoint.entries.values()),
+        model_bytes=sum(entry.nbytes for entry in prepared.skeleton.checkpoint.entries.values()),
         parameters=sum(p.numel() for p in prepared.skeleton.model.parameters()),
         recipe=asdict(job.recipe),
         layers=tuple(_layer(prepared, layer) for layer in plan.layers),
@@ -106,7 +106,7 @@ def _rates(job: Job, scheme: Scheme, place: Path, prepared: Prepared) -> tuple[R
 
     Should it not be writable, another disk stands for it.
     """
-    entries = prepared.source.checkpoint.entries.values()
+    entries = prepared.skeleton.checkpoint.entries.values()
     try:
         return measure(job, scheme, place, entries), None
     except OSError as error:

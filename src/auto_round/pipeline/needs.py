@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +18,8 @@ from auto_round.pipeline.job import Job, Prepared
 from auto_round.runtime.events import Listener
 from auto_round.runtime.memory import available_bytes, resident_bytes
 from auto_round.source.checkpoint import DTYPES
+from auto_round.source.quirks import quirk
+from auto_round.spec.fusions import EXPERT
 from auto_round.tune.alone import ELEMENTS
 from auto_round.tune.block import MOTION_BYTES, STATE_BYTES
 from auto_round.tune.scales import learned_count
@@ -34,6 +36,8 @@ IN_PLACE = "or give text in the place of what the model is to write (dataset, se
 SAMPLING_COPIES = 5  # float32 tensors of one place's logits while a token is drawn
 LOGIT_COPIES = 5  # float32 tensors of the logits at hand: both models', their logarithms, the difference
 SCALE_BYTES = 20  # of each group while scales learn: multiplier, gradient, two moments, the best so far
+# How configs call the number of experts that see a token.
+EXPERTS_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 LINEAR_COPIES = 2  # inputs and outputs of Linears in a backward pass: what was saved, and its gradient
 HIDDEN_COPIES = 10  # float32 hidden states that a block's norms and sums keep for its backward pass
 
@@ -50,11 +54,13 @@ class Shared:
 class Sizes:
     """Counts of one block.
 
-    parameters: of everything. stored_bytes: of its Linears' weights in the checkpoint. features: inputs and outputs of
-    all its Linears, per token. shared: its quantised Linears, those with most inputs first.
+    parameters: of everything; multiplied: those that one token meets, of experts only as many as are chosen for it.
+    stored_bytes: of its Linears' weights in the checkpoint. features: inputs and outputs of the Linears that one token
+    meets. shared: its quantised Linears, those with most inputs first.
     """
 
     parameters: int
+    multiplied: int
     stored_bytes: int
     features: int
     shared: tuple[Shared, ...]
@@ -229,8 +235,8 @@ def _needs(prepared: Prepared, samples: int, seqlen: int, micro: int, *, on_disk
     width = job.dtype.itemsize
     hidden: int = prepared.skeleton.model.get_input_embeddings().weight.shape[1]
     outside, _ = outside_bytes(prepared, job.dtype)
-    activations = 2 * samples * seqlen * hidden * width
-    finished = 2 * job.recipe.samples * seqlen * hidden * width if samples and job.recipe.finish_iters else 0
+    activations = samples * seqlen * _kept_per_token(prepared, hidden) * width
+    finished = activations * job.recipe.samples // samples if samples and job.recipe.finish_iters else 0
     copied = max((entry.nbytes for entry in prepared.source.checkpoint.entries.values()), default=0)
     largest = max((sizes.largest_weight for sizes in blocks), default=0)
     sliced = ALONE_COPIES * 4 * min(ELEMENTS, largest)
@@ -254,6 +260,14 @@ def _needs(prepared: Prepared, samples: int, seqlen: int, micro: int, *, on_disk
         memory["rounding"] = base + rounding + (0 if there else sliced)
         device = sliced
     return Needs(memory, micro, on_disk, max(activations, finished), device if there else None)
+
+
+def _kept_per_token(prepared: Prepared, hidden: int) -> int:
+    """Values kept of each token: the hidden states of both chains, and what Gemma 3n and 4 hand each block besides."""
+    config = prepared.skeleton.model.config.get_text_config()
+    streams = getattr(config, "altup_num_inputs", None) or 1
+    beside = getattr(config, "hidden_size_per_layer_input", None) or 0
+    return 2 * streams * hidden + beside * len(prepared.blocks)
 
 
 def _tuning(sizes: Sizes, job: Job, tokens: int, hidden: int) -> int:
@@ -351,9 +365,24 @@ def _count(prepared: Prepared, block: str) -> Sizes:
     shared = [Shared(inputs, tuple(weights)) for (_, inputs), weights in sharing.items()]
     entries = prepared.source.checkpoint.entries
     stored = [entries[prepared.stored_names[name]] for name in linears if name in prepared.stored_names]
+    met = {name: _share(prepared, name, linears) for name in linears}
+    parameters = sum(p.numel() for p in module.parameters())
     return Sizes(
-        parameters=sum(p.numel() for p in module.parameters()),
+        parameters=parameters,
+        multiplied=parameters - round(sum((1 - met[name]) * m.weight.numel() for name, m in linears.items())),
         stored_bytes=sum(entry.nbytes for entry in stored if entry.dtype in DTYPES),
-        features=sum(m.in_features + m.out_features for m in linears.values()),
+        features=math.ceil(sum(met[name] * (m.in_features + m.out_features) for name, m in linears.items())),
         shared=tuple(sorted(shared, key=lambda linears: -linears.inputs)),
     )
+
+
+def _share(prepared: Prepared, name: str, linears: Collection[str]) -> float:
+    """The share of tokens that come to the Linear `name`: of an expert, as many as are chosen for a token over all."""
+    expert = EXPERT.match(name)
+    if expert is None:
+        return 1.0
+    experts = len({other[0] for linear in linears if (other := EXPERT.match(linear)) and other[1] == expert[1]})
+    config = prepared.skeleton.model.config.get_text_config()
+    chosen = next((n for key in EXPERTS_CHOSEN if isinstance(n := getattr(config, key, None), int)), experts)
+    run_all = type(prepared.skeleton.model.get_submodule(expert[1])).__name__ in quirk("classes", "run_all_experts")
+    return 1.0 if run_all else min(1.0, chosen / experts)

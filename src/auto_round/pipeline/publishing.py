@@ -92,14 +92,21 @@ def made_with(target: Path) -> dict[str, Any] | None:
     return None
 
 
+def kept_all(prepared: Prepared, work: Workspace) -> bool:
+    """True when every block, what lies outside and the last stage have their files in the workspace."""
+    titles = len(prepared.blocks) + bool(prepared.outside) + bool(prepared.job.recipe.finish_iters)
+    return len(list(work.blocks.glob("*.safetensors"))) >= titles
+
+
 def check_space(prepared: Prepared, saving: Saving, work: Workspace, activations: int) -> None:
     """Raise OutputError when journal and outputs will not fit the disk; what an earlier start wrote counts as there.
 
-    activations: bytes of those that lie on the disk while blocks are tuned, which are gone when the output is written.
+    activations: bytes of those that lie on the disk while blocks are tuned, and are gone when outputs are written.
     """
-    needed = SPARE + journal_bytes(prepared) - _bytes_in(work.blocks) + activations
+    needed = SPARE + journal_bytes(prepared) - _bytes_in(work.blocks)
     export = blank_export(prepared)
-    needed += sum(sum(output.sizes(export, saving.largest_shard).values()) for output in saving.formats)
+    outputs = sum(sum(output.sizes(export, saving.largest_shard).values()) for output in saving.formats)
+    needed += max(outputs, activations)
     free = shutil.disk_usage(work.folder).free + _bytes_in(work.staging)
     if needed > free:
         raise OutputError(
@@ -144,7 +151,7 @@ def _report(result: Quantised, folders: tuple[SavedFolder, ...], verdict: Verdic
         seconds=result.seconds,
         peak_rss_bytes=peak_resident_bytes(),
         peak_device_bytes=peak_device_bytes(job.device),
-        bytes_before=sum(entry.nbytes for entry in result.source.checkpoint.entries.values()),
+        bytes_before=sum(entry.nbytes for entry in result.prepared.skeleton.checkpoint.entries.values()),
         bytes_after=folders[0].bytes,
         device=str(job.device),
         compute_dtype=str(job.dtype).removeprefix("torch."),

@@ -140,7 +140,7 @@ class Runner:
     def _round_one(self, index: int, block: str) -> BlockStats:
         begin = time.perf_counter()
         self._listener.block_started(index, block)
-        mine = self._prepared.inside(block)
+        mine = sorted(self._prepared.inside(block), key=lambda name: self._skeleton.stack_of(f"{name}.weight"))
         tensors = {name: self._alone(name, None) for name in mine}
         return self._finish(tensors, self._stats(index, block, len(mine), begin, None))
 
@@ -159,10 +159,11 @@ class Runner:
             tensors = {name: self._alone(name, None) for name in planned}
             stats = self._stats(loaded.index, loaded.name, len(planned), begin, None)
             return self._finish(tensors, replace(stats, unreached=len(planned)))
+        weights = self._skeleton.weights([f"{name}.weight" for name in planned])
         task = BlockTask(
             run=loaded.run,
             linears=planned,
-            weights={name: self._skeleton.weight(name + ".weight") for name in planned},
+            weights={name: weights[f"{name}.weight"] for name in planned},
             schemes={name: scheme for name in planned if (scheme := self._plan.quantised[name].scheme) is not None},
             eager=loaded.eager,
         )

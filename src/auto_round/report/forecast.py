@@ -48,7 +48,7 @@ class Forecast:
     """The whole run.
 
     bits_per_weight: mean over quantised layers, scales and zero points counted. journal_bytes: finished blocks on disk
-    while it runs. disk_bytes: journal, outputs and activations on disk together. memory: stage -> peak resident bytes
+    while it runs. disk_bytes: journal with outputs or, before them, activations. memory: stage -> peak resident bytes
     of the host. device_memory: peak on the accelerator that computes, None when there is none. seconds: part -> time.
     activations: "in memory" or "on disk". samples_per_forward: how many samples go through a block at once in a step.
     problems: for people.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,14 @@ NOT_COPIED = (
     "model.safetensors.index.json",
     "auto_round.json",
 )
+# Weights of a repository that transformers does not read: other formats' and variants', beside its own.
+HUB_OTHERS = ("*/*.safetensors", "consolidated*.safetensors", "*.fp16.safetensors", "adapter_model*.safetensors")
+QUANTISED = "is quantised already; start from the original model in 16 or 32-bit floats"
+# Files of a tokenizer, of which none may stay beside those of another.
+TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"),
+    *("*.model", "*.tiktoken"),
+)
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "LICENSE*", "README*")
 
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")  # how llama.cpp names the files of one model
@@ -64,8 +74,12 @@ class Source:
     @property
     def extra_files(self) -> tuple[Path, ...]:
         """The folder's other files, see `extra_files`, with those that were given."""
-        folders = [self.folder, *([self.given] if self.given else [])]
-        files = {file.name: file for folder in folders for file in extra_files(folder)}
+        files = {file.name: file for file in extra_files(self.folder)}
+        if self.given is not None:
+            given = {file.name: file for file in extra_files(self.given)}
+            if "tokenizer_config.json" in given:
+                files = {n: f for n, f in files.items() if not any(fnmatchcase(n, own) for own in TOKENIZER_FILES)}
+            files |= given
         return tuple(files[name] for name in sorted(files))
 
 
@@ -98,7 +112,7 @@ def open_source(
     Raises SourceError naming what is missing or damaged, or when the model is quantised already.
     """
     title = title_of(model)
-    given = _save_given(processor or tokenizer, scratch / "given")
+    given = _save_given([processor, tokenizer], scratch / "given")
     if isinstance(model, PreTrainedModel):
         folder = _save_loaded(model, scratch / "source")
     else:
@@ -108,7 +122,7 @@ def open_source(
     with foreign(f"{folder}/config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
-        raise SourceError(f"{title}: is quantised already; start from the original model in 16 or 32-bit floats")
+        raise SourceError(f"{title}: {QUANTISED}")
     checkpoint = Checkpoint(folder)
     _check_sizes(config, checkpoint)
     if tokenizer is None:
@@ -144,10 +158,20 @@ def _folder_of(path: Path, title: str, scratch: Path) -> Path:
     if path.is_absolute() or title.startswith((".", "~")) or title.count("/") != 1:
         raise SourceError(f"{title}: no such folder, and not a hub id of the form organisation/model")
     try:
-        return Path(snapshot_download(title, allow_patterns=list(HUB_FILES)))
+        described = Path(snapshot_download(title, allow_patterns=["config.json"]))
+        if _quantised(described):
+            raise SourceError(f"{title}: {QUANTISED}")  # before gigabytes come
+        return Path(snapshot_download(title, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_OTHERS)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SourceError(f"{title}: no such folder, and the model hub does not give it either: {reason}") from None
+
+
+def _quantised(folder: Path) -> bool:
+    """True when config.json, should there be one, tells of quantised weights."""
+    file = folder / "config.json"
+    with foreign(f"{file}"):
+        return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("quantization_config"))
 
 
 def _save_loaded(model: PreTrainedModel, folder: Path) -> Path:
@@ -156,12 +180,18 @@ def _save_loaded(model: PreTrainedModel, folder: Path) -> Path:
     return folder
 
 
-def _save_given(tokenizer: Any | None, folder: Path) -> Path | None:
+def _save_given(things: Sequence[Any], folder: Path) -> Path | None:
+    """Save a processor and a tokenizer, where they are given, the later over the earlier; None when neither is."""
     shutil.rmtree(folder, ignore_errors=True)
-    if tokenizer is None or not hasattr(tokenizer, "save_pretrained"):  # a function may stand for a processor
-        return None
-    tokenizer.save_pretrained(folder)
-    return folder
+    # A function may stand for a processor.
+    for thing in [copy.deepcopy(thing) for thing in things if hasattr(thing, "save_pretrained")]:
+        for part in (thing, getattr(thing, "tokenizer", None)):
+            backend = getattr(part, "backend_tokenizer", None)
+            if backend is not None:  # what calls leave in it would be saved, and the same job not be known again
+                backend.no_truncation()
+                backend.no_padding()
+        thing.save_pretrained(folder)
+    return folder if folder.is_dir() else None
 
 
 def not_read(value: Callable[[str], Any], tensors: Collection[str]) -> str | None:

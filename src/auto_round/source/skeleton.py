@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -104,9 +104,19 @@ class Skeleton:
         view = self.slices.get(name)
         if view is None:
             return self._whole(name)
-        if self._stack[0] != view.parameter:  # the experts of a stack are asked for one after the other
+        if self._stack[0] != view.parameter:  # to be asked for in the order of `stack_of`
             self._stack = view.parameter, self._whole(view.parameter)
         return view.of(self._stack[1]).contiguous()
+
+    def weights(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """`weight` of all `names`, in their order; every stack of experts is read once."""
+        found = {name: self.weight(name) for name in sorted(names, key=self.stack_of)}
+        self._stack = ("", torch.empty(0))
+        return {name: found[name] for name in names}
+
+    def stack_of(self, name: str) -> str:
+        """The parameter that `name` is a part of; "" when it is none. Sorted by it, names of one stack are together."""
+        return self.slices[name].parameter if name in self.slices else ""
 
     def _whole(self, name: str) -> Tensor:
         """Read a parameter of transformers' model, in the shape it has there."""
@@ -142,7 +152,7 @@ class Skeleton:
         weight: where they come from, by full name; the checkpoint when None. alone: not those of modules below it.
         """
         read = weight or self.weight
-        for path, owner, key in _slots(module, name, alone):
+        for path, owner, key in sorted(_slots(module, name, alone), key=lambda slot: self.stack_of(slot[0])):
             if owner._parameters.get(key) is not None:
                 value = read(path)
                 value = value.to(device, dtype) if value.is_floating_point() else value.to(device)

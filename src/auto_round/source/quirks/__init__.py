@@ -2,6 +2,7 @@
 
 classes.json    linear: subclasses of nn.Linear that compute x @ W^T + b and nothing else
                 transposed_experts: classes whose stacked weights are [experts, in, out] and that do not say so
+                run_all_experts: classes that multiply every token by every expert
 names.json      routers: regular expressions of Linears that choose experts, and stay as they are
                 read_directly: of Linears whose weight the model uses without calling them (the step sizes of Mamba)
                 nontext: regular expressions of what works on images or sound, also where it lies in the text model
