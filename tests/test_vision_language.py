@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from auto_round import AutoRound
+from auto_round.calibrate.dataset import CalibrationSet
 from auto_round.calibrate.front import Walk
+from auto_round.calibrate.pairs import from_pairs
 from auto_round.calibrate.walker import walk
 from auto_round.errors import CalibrationError, SourceError, SpecError
+from auto_round.runtime.events import LogListener
 from auto_round.source.blocks import block_names, find_block_lists
 from auto_round.source.opening import open_source
 from auto_round.source.skeleton import Skeleton
@@ -36,6 +40,7 @@ QWEN_TEXT: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
 }
 QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": 121, "vision_start_token_id": 122, "vision_end_token_id": 123}
+TEXT_MODEL = re.compile("language_model|text_model")
 PIXELS = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
@@ -205,6 +210,17 @@ def test_pairs_of_image_and_text_calibrate(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(answer, logits_of(expected, **asked), rtol=1e-4, atol=1e-4)
 
 
+def entered(folder: Path, built: CalibrationSet) -> Tensor:
+    """(samples, tokens, width) behind the first block of the text model, as tuning has it."""
+    source = open_source(folder, None, folder)
+    skeleton = Skeleton(source.config, source.checkpoint)
+    names = block_names(skeleton.model, find_block_lists(skeleton.model))
+    cpu = torch.device("cpu")
+    settings = Walk(batch_size=2, quantised_inputs=False, device=cpu, dtype=torch.float32, store=cpu)
+    blocks = iter(walk(skeleton, names, built.tokens, settings, built.beside))
+    return next(block.targets for block in blocks if TEXT_MODEL.search(block.name))
+
+
 def test_positions_around_images_are_those_of_every_pair(tmp_path: Path) -> None:
     config, asked = MODELS["qwen2_5_vl"]
     model = tiny(config, t.AutoModelForImageTextToText)
@@ -212,17 +228,82 @@ def test_positions_around_images_are_those_of_every_pair(tmp_path: Path) -> None
     ids = asked["input_ids"].roll(2, 1)  # the image stands later
     other = {**asked, "input_ids": ids, "mm_token_type_ids": (ids == IMAGE).int()}
     pairs = [asked, asked, other]
-    source = open_source(tmp_path / "plain", None, tmp_path)
-    skeleton = Skeleton(source.config, source.checkpoint)
-    names = block_names(skeleton.model, find_block_lists(skeleton.model))
-    beside = [{name: value for name, value in pair.items() if name != "input_ids"} for pair in pairs]
-    cpu = torch.device("cpu")
-    settings = Walk(batch_size=2, quantised_inputs=False, device=cpu, dtype=torch.float32, store=cpu)
-    blocks = iter(walk(skeleton, names, torch.cat([pair["input_ids"] for pair in pairs]), settings, beside))
-    first = next(block for block in blocks if "language_model" in block.name)
+    built = from_pairs(pairs, None, nsamples=3, seqlen=64, listener=LogListener())
     with torch.no_grad():
         expected = [model(**pair, output_hidden_states=True, use_cache=False).hidden_states[1] for pair in pairs]
-    torch.testing.assert_close(first.targets, torch.cat(expected), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(entered(tmp_path / "plain", built), torch.cat(expected), rtol=1e-4, atol=1e-4)
+
+
+def pixels(*shape: int) -> Tensor:
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(2))
+
+
+# Config, and questions about images of several sizes, or about several images, as the processor gives one at a time.
+SIZES: dict[str, tuple[t.PretrainedConfig, list[dict[str, Tensor]]]] = {
+    "llava_next": (
+        t.LlavaNextConfig(
+            text_config=t.LlamaConfig(**TEXT),
+            vision_config=t.CLIPVisionConfig(**VISION, projection_dim=32),
+            image_token_id=IMAGE,
+            vision_feature_layer=-1,
+            image_grid_pinpoints=[[32, 64], [64, 64]],
+        ),
+        [
+            {"input_ids": question(14), "pixel_values": pixels(3, 3, 32, 32), "image_sizes": torch.tensor([[32, 64]])},
+            {"input_ids": question(24), "pixel_values": pixels(5, 3, 32, 32), "image_sizes": torch.tensor([[64, 64]])},
+        ],
+    ),
+    "pixtral": (
+        t.LlavaConfig(
+            text_config=t.LlamaConfig(**TEXT),
+            vision_config=t.PixtralVisionConfig(**{**VISION, "image_size": 64}),
+            image_token_id=IMAGE,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        ),
+        [
+            {"input_ids": question(6), "pixel_values": pixels(3, 32, 48), "image_sizes": torch.tensor([[32, 48]])},
+            {"input_ids": question(8), "pixel_values": pixels(3, 64, 32), "image_sizes": torch.tensor([[64, 32]])},
+        ],
+    ),
+    "idefics3": (
+        t.Idefics3Config(
+            text_config=t.LlamaConfig(**TEXT),
+            vision_config={**VISION, "patch_size": 8},
+            image_token_id=IMAGE,
+            scale_factor=2,
+        ),
+        [
+            {
+                "input_ids": question(4 * count),
+                "pixel_values": pixels(count, 3, 32, 32),
+                "pixel_attention_mask": torch.ones(1, count, 32, 32, dtype=torch.int64),
+            }
+            for count in (1, 3)
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_images_of_several_sizes_stand_in_one_batch(name: str, tmp_path: Path) -> None:
+    config, pairs = SIZES[name]
+    model = tiny(config, t.AutoModelForImageTextToText)
+    model.save_pretrained(tmp_path)
+    built = from_pairs(pairs, None, nsamples=2, seqlen=64, listener=LogListener())
+    found = entered(tmp_path, built)
+    with torch.no_grad():
+        for row, mask, pair in zip(found, built.mask, pairs, strict=True):
+            expected = model(**pair, output_hidden_states=True, use_cache=False).hidden_states[1][0]
+            torch.testing.assert_close(row[mask], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_images_of_several_sizes_are_refused_where_zeros_would_be_seen() -> None:
+    pairs = [{"input_ids": question(4), "pixel_values": pixels(3, size, 32)} for size in (32, 32, 64)]
+    with pytest.raises(
+        CalibrationError, match=r"pairs 0 and 2 have pixel_values of shapes \(1, 3, 32, 32\) and \(1, 3, 64, 32\)"
+    ):
+        from_pairs(pairs, None, nsamples=3, seqlen=64, listener=LogListener())
 
 
 def test_pairs_are_refused_where_images_come_in_between_blocks(tmp_path: Path) -> None:

@@ -124,6 +124,20 @@ def test_auto_falls_back_with_a_warning(hub: Hub, heard: Any, tmp_path: Path, ch
     assert "name it with dataset" in heard.warnings[0]
 
 
+@pytest.mark.parametrize(
+    ("title", "name"),
+    [
+        ("builtin (documentation of CPython 3.11)", "builtin"),
+        ("NeelNanda/pile-10k (train)", "pile-10k"),
+        ("my.jsonl", "auto"),
+        ("builtin.txt", "auto"),
+        ("token ids that were given", "auto"),
+    ],
+)
+def test_the_set_that_auto_stood_for_is_known_by_its_title(title: str, name: str) -> None:
+    assert corpora.set_behind_auto(title) == name
+
+
 def test_auto_without_the_package(no_datasets: None, heard: Any, cheap_builtin: None) -> None:
     assert load("auto", heard).title == "builtin for 100"
     assert "needs the package datasets" in heard.warnings[0]

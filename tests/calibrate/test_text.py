@@ -156,3 +156,35 @@ def test_a_template_that_is_missing_or_refuses_is_an_error(words: Words) -> None
         tokenizer.chat_template = template
         with pytest.raises(CalibrationError, match=r"chat template cannot be applied: .*(not set|no system role)"):
             Encoder(tokenizer, chat=True).encode(["w1"])
+
+
+PARTS = (
+    "{% for m in messages %}{{ m['role'] }} {% for part in m['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }} {% endif %}{% endfor %}</s> {% endfor %}"
+)
+
+
+def test_templates_that_look_for_parts_get_them(words: Words) -> None:
+    """As those of LLaVA, Idefics and SmolVLM do, which leave out a string without a word."""
+    tokenizer = words(bos=True)
+    tokenizer.chat_template = PARTS
+    conversation = ({"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"})
+    plain, spoken = Encoder(tokenizer, chat=True).encode(["w4", conversation])
+    assert plain.tolist() == [5, 14, 2]
+    assert spoken.tolist() == [5, 11, 12, 2, 6, 13, 2]
+
+
+def test_a_template_that_drops_what_a_user_says_is_an_error(words: Words) -> None:
+    tokenizer = words(bos=True)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} {% endfor %}"
+    encoder = Encoder(tokenizer, chat=True)
+    with pytest.raises(CalibrationError, match="drops what a user says"):
+        encoder.encode(["w1"])
+    (silent,) = encoder.encode([({"role": "user", "content": " "}, {"role": "assistant", "content": "w2"})])
+    assert silent.tolist() == [5, 6]
+
+
+def test_white_space_that_a_template_takes_away_is_no_loss(words: Words) -> None:
+    tokenizer = words(bos=True)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | trim }} {% endfor %}"
+    assert Encoder(tokenizer, chat=True).encode([" w1 "])[0].tolist() == [11]

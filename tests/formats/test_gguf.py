@@ -9,6 +9,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.conftest import tiny_tokenizer
 from tests.formats.gguf_models import (
     COMMON,
@@ -104,6 +105,26 @@ def test_rope_factors_of_llama_3_are_a_tensor(sources: dict[str, Path], tmp_path
     model = AutoModelForCausalLM.from_pretrained(sources["llama3"])
     plain = 10000.0 ** -(torch.arange(0, 32, 2) / 32)
     torch.testing.assert_close(file.floats("rope_freqs.weight"), plain / model.model.rotary_emb.inv_freq)
+
+
+@pytest.mark.parametrize("apart", [0.0, 1.0])
+def test_a_head_with_values_of_its_own_is_written_whatever_the_config_says(apart: float, tmp_path: Path) -> None:
+    source = tiny_model("llama3", tmp_path / "in")
+    tensors = load_file(source / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file({**tensors, "lm_head.weight": embedding + apart}, source / "model.safetensors", {"format": "pt"})
+    tuner = AutoRound(source, recipe="rtn", device="cpu", compute_dtype="float32")
+    told = tuner.plan(tmp_path / "out", format="gguf:q4_0").formats[0].files
+    tuner.quantize_and_save(tmp_path / "out", format="gguf:q4_0")
+    (path,) = (tmp_path / "out").glob("*.gguf")
+    assert told == {path.name: path.stat().st_size}
+    file = GgufFile(path)
+    if apart:
+        assert torch.equal(file.floats("output.weight"), embedding + apart)
+    else:
+        assert "output.weight" not in file.tensors
+    kind = gguf.GGMLQuantizationType(file.tensors["token_embd.weight"].tensor_type).name
+    assert kind == ("Q4_0" if apart else "Q8_0")
 
 
 def test_a_mix_is_tuned_written_and_read_back(tmp_path: Path) -> None:

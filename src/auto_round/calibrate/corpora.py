@@ -13,7 +13,15 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
 from auto_round.calibrate.builtin import builtin
-from auto_round.calibrate.documents import SUFFIXES, Corpus, Document, from_records, read_file
+from auto_round.calibrate.documents import (
+    STREAMED_DOCUMENTS,
+    SUFFIXES,
+    WHOLE_BYTES,
+    Corpus,
+    Document,
+    from_records,
+    read_file,
+)
 from auto_round.calibrate.spec import DatasetSpec
 from auto_round.errors import CalibrationError
 from auto_round.registry import Registry, did_you_mean
@@ -33,10 +41,6 @@ SETS: Registry[Loader] = Registry(
     },
     CalibrationError,
 )
-
-# A hub data set above this many bytes, or of unknown size, is read from its start instead of being downloaded whole.
-_WHOLE_BYTES = 2**30
-_STREAMED_DOCUMENTS = 10_000
 
 
 class _UnavailableError(CalibrationError):
@@ -71,7 +75,7 @@ def _loader(spec: DatasetSpec) -> Loader:
 
 
 def _file(spec: DatasetSpec, tokens: int, listener: Listener) -> Corpus:
-    return Corpus(read_file(Path(spec.name)), spec.name)
+    return read_file(spec.name, listener)
 
 
 def auto(spec: DatasetSpec, tokens: int, listener: Listener) -> Corpus:
@@ -89,8 +93,9 @@ def auto(spec: DatasetSpec, tokens: int, listener: Listener) -> Corpus:
 
 
 def set_behind_auto(title: str) -> str:
-    """The name of the set that "auto" stood for, from the title of what it gave."""
-    return "builtin" if title.startswith("builtin") else "pile-10k"
+    """The name of the set that "auto" stood for, from the title of what it gave; "auto" when it gave no such text."""
+    known = {"builtin (": "builtin", f"{PILE} (": "pile-10k"}
+    return next((name for start, name in known.items() if title.startswith(start)), "auto")
 
 
 def pile(spec: DatasetSpec, tokens: int, listener: Listener) -> Corpus:
@@ -109,21 +114,22 @@ def _from_hub(name: str, splits: tuple[str, ...], listener: Listener, *, whole: 
     title = f"{name} ({'+'.join(splits)})"
     try:
         if not whole:
+            # A large one, or one of unknown size, is not downloaded: its start is read.
             size = datasets.load_dataset_builder(name).info.download_size
-            whole = size is not None and size <= _WHOLE_BYTES
+            whole = size is not None and size <= WHOLE_BYTES
         documents: list[Document] = []
         for split in splits:
             rows = datasets.load_dataset(name, split=split, streaming=not whole)
-            taken = itertools.islice(rows, None if whole else _STREAMED_DOCUMENTS)
+            taken = itertools.islice(rows, None if whole else STREAMED_DOCUMENTS)
             documents += from_records(taken, title)
     except (OSError, HTTPError, datasets.exceptions.DatasetsError) as error:
         raise _UnavailableError(f"{name} cannot be had: {_first_line(error)}") from error
     except (ValueError, RuntimeError) as error:
         # What `datasets` raises for a split or configuration that is not there and for sets that are programs.
         raise CalibrationError(f"{name} cannot be read: {_first_line(error)}") from error
-    if not whole and len(documents) >= _STREAMED_DOCUMENTS:
-        title += f", first {_STREAMED_DOCUMENTS} documents of a split"
-        listener.note(f"{name} is large or of unknown size: its first {_STREAMED_DOCUMENTS} documents are used")
+    if not whole and len(documents) >= STREAMED_DOCUMENTS:
+        title += f", first {STREAMED_DOCUMENTS} documents of a split"
+        listener.note(f"{name} is large or of unknown size: its first {STREAMED_DOCUMENTS} documents are used")
     return Corpus(documents, title)
 
 

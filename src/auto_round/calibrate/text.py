@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,11 +73,23 @@ class Encoder:
         if self._system_prompt is not None:
             messages = [message for message in messages if message["role"] != "system"]
             messages.insert(0, {"role": "system", "content": self._system_prompt})
+        text = self._templated(messages)
+        if not _holds(text, messages):
+            # Templates of models that see look for parts in a message, and find none in a string.
+            text = self._templated(
+                [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+            )
+        if not _holds(text, messages):
+            raise CalibrationError(
+                "the tokenizer's chat template drops what a user says: leave out apply_chat_template and system_prompt"
+            )
+        return text
+
+    def _templated(self, messages: Sequence[Mapping[str, object]]) -> str:
         try:
-            rendered = self._tokenizer.apply_chat_template(messages, tokenize=False)
-        except (ValueError, TemplateError) as error:
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False))
+        except (TypeError, ValueError, TemplateError) as error:
             raise CalibrationError(f"the tokenizer's chat template cannot be applied: {error}") from error
-        return str(rendered)
 
 
 def draw(corpus: Corpus, encoder: Encoder, wanted: Draw, listener: Listener) -> Tensor:
@@ -113,6 +125,12 @@ def draw(corpus: Corpus, encoder: Encoder, wanted: Draw, listener: Listener) -> 
 def degenerate(ids: Tensor) -> bool:
     """True when one token takes more than half of the places of ids (tokens,): filler, or a tokenizer that fails."""
     return len(ids) >= _TELLING and int(torch.unique(ids, return_counts=True)[1].max()) * 2 > len(ids)
+
+
+def _holds(text: str, messages: Sequence[Message]) -> bool:
+    """True when `text` has all that users say, whatever its white space."""
+    found = "".join(text.split())
+    return all("".join(m["content"].split()) in found for m in messages if m["role"] == "user")
 
 
 def _plain(document: Document) -> str:

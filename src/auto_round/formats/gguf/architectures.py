@@ -21,7 +21,9 @@ from transformers import AutoConfig, PretrainedConfig
 
 from auto_round.errors import FormatError
 from auto_round.registry import did_you_mean
+from auto_round.source.checkpoint import Checkpoint
 
+HEAD = "lm_head.weight"
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
@@ -66,9 +68,13 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 
 
 class Model:
-    """A model as llama.cpp sees it, from its config.json; raises FormatError when it has no place there."""
+    """A model as llama.cpp sees it, from its config.json; raises FormatError when it has no place there.
 
-    def __init__(self, raw: Mapping[str, Any]) -> None:
+    checkpoint: its tensors, if they are to be written; a head stored with values of its own is not tied, as in
+    transformers, whatever the config says.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], checkpoint: Checkpoint | None = None) -> None:
         kind = str(raw.get("model_type"))
         if kind not in ARCHITECTURES:
             raise FormatError(
@@ -87,7 +93,7 @@ class Model:
         self.experts = int(
             getattr(self.config, "num_local_experts", None) or getattr(self.config, "num_experts", 0) or 0
         )
-        self.tied = bool(self.config.tie_word_embeddings)
+        self.tied = bool(self.config.tie_word_embeddings) and (checkpoint is None or not _has_head(checkpoint))
         self._names = get_tensor_name_map(self.architecture.arch, self.layers)
         self._check_fixed()
         self._check_pattern()
@@ -129,7 +135,7 @@ class Model:
 
     def tensor_name(self, stored: str) -> str | None:
         """GGUF name of a tensor of the checkpoint; None for what is left out; FormatError if it has no place."""
-        if stored.endswith(".rotary_emb.inv_freq") or (self.tied and stored == "lm_head.weight"):
+        if stored.endswith(".rotary_emb.inv_freq") or (self.tied and stored == HEAD):
             return None
         # transformers' tree calls mlp what Mixtral's checkpoints, and gguf's table, call block_sparse_moe.
         plain = EXPERT.sub(".experts.", stored).replace(".mlp.experts.w", ".block_sparse_moe.experts.w")
@@ -185,6 +191,15 @@ class Model:
             writer.add_sliding_window(config.sliding_window or 0)
         elif self.architecture.period and getattr(config, "sliding_window", None) and self.name != "smollm3":
             writer.add_sliding_window(config.sliding_window)
+
+
+def _has_head(checkpoint: Checkpoint) -> bool:
+    """True when head and embedding are stored with different values, as where adapters were merged."""
+    stored = next((name for name in checkpoint if name.endswith("embed_tokens.weight")), None)
+    if stored is None or HEAD not in checkpoint:
+        return False
+    embedding = checkpoint.tensor(stored)
+    return not torch.equal(checkpoint.tensor(HEAD).to(embedding.dtype), embedding)
 
 
 def _optional(writer: GGUFWriter) -> dict[str, Callable[[Any], None]]:

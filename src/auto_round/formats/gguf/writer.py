@@ -138,7 +138,7 @@ class GgufFormat:
 
     def _begin(self, export: Export, folder: Path, largest_shard: int | None) -> tuple[GGUFWriter, list[Item]]:
         """Write the heads of the files; what follows are the tensors in order."""
-        model = Model(export.config)
+        model = Model(export.config, export.checkpoint)
         title = export.title.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf") or "model"
         file = folder / f"{title}-{self.file_type.upper()}.gguf"
         items = list(self._items(export, model))
