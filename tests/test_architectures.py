@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from auto_round import AutoRound, AutoRoundConfig
 from auto_round.conversion import convert
-from auto_round.errors import FormatError, SpecError
+from auto_round.errors import FormatError, SourceError, SpecError
 from auto_round.formats import FORMATS
 from auto_round.load import fused_of, load_qtensors
 from auto_round.pipeline import needs, runner
@@ -300,6 +300,39 @@ def test_stacks_of_experts_are_read_once_for_a_block(tmp_path: Path, monkeypatch
     assert list(weights) == names
     assert all(torch.equal(weights[name], dict(block.named_parameters())[name[15:]]) for name in names)
     assert len([name for name in read if "experts" in name]) == 2
+
+
+@pytest.mark.parametrize("format", ["auto_round", "llm_compressor"])
+@pytest.mark.parametrize(("name", "router"), [("qwen3_moe", "mlp.gate"), ("mixtral", "block_sparse_moe.gate")])
+def test_routers_that_are_no_linears_are_named_as_kept(name: str, router: str, format: str, tmp_path: Path) -> None:
+    model = tiny(CONFIGS[name])
+    model.save_pretrained(tmp_path / "plain")
+    AutoRound(tmp_path / "plain", recipe="rtn", group_size=32, device="cpu").quantize_and_save(
+        tmp_path / "out", format, enable_check=False
+    )
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    named = settings["ignore"] if format == "llm_compressor" else settings["extra_config"]
+    assert all(f"model.layers.{i}.{router}" in named for i in range(model.config.num_hidden_layers))
+    if format == "auto_round":
+        assert named[f"model.layers.0.{router}"]["bits"] == 16
+        loaded = t.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, device_map="cpu")
+        assert torch.isfinite(logits_of(loaded)).all()
+
+
+def test_encoders_are_refused(tmp_path: Path) -> None:
+    small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+    whisper = t.WhisperConfig(
+        **small, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=100
+    )
+    whisper.update({"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1})
+    t.WhisperForConditionalGeneration(whisper).save_pretrained(tmp_path / "whisper")
+    bert = t.BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=100
+    )
+    t.BertForMaskedLM(bert).save_pretrained(tmp_path / "bert")
+    for name in ("whisper", "bert"):
+        with pytest.raises(SourceError, match="models that predict the next token"):
+            AutoRound(tmp_path / name, recipe="rtn", device="cpu").quantize_and_save(tmp_path / "out")
 
 
 def test_a_model_of_stacked_experts_can_be_planned(tmp_path: Path) -> None:

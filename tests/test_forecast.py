@@ -109,6 +109,29 @@ def test_what_vllm_opens(rules: dict[str, Any], scheme: Scheme, format: str, obs
     assert found is None if obstacle is None else obstacle in str(found)
 
 
+@pytest.mark.parametrize(
+    ("own", "format", "client", "obstacle"),
+    [
+        ("gate_proj", "auto_gptq", "vLLM", None),
+        ("gate_up_proj", "auto_gptq", "vLLM", "in one stack"),
+        ("gate_up_proj", "auto_round", "SGLang", "in one stack"),
+        ("gate_up_proj", "auto_gptq", "gptqmodel", "in one stack"),
+        ("gate_proj", "llm_compressor", "transformers with compressed-tensors", "dequantize=True"),
+    ],
+)
+def test_who_finds_experts(own: str, format: str, client: str, obstacle: str | None) -> None:
+    shapes = [LinearShape(f"model.layers.0.mlp.experts.{i}.{own}", 128, 192) for i in range(2)]
+    plan = make_plan(shapes, [], ["model.layers"], Scheme(4, 64), {}, lambda *_: None)
+    found = clients(Held(plan, format, FORMATS[format].settings(plan)))[client]
+    assert found is None if obstacle is None else obstacle in str(found)
+
+
+def test_dequantising_by_one_scheme_is_told_where_there_are_more() -> None:
+    plan = plan_of({"*.up_proj": {"bits": 8}}, Scheme(4, 64, False))
+    held = Held(plan, "llm_compressor", FORMATS["llm_compressor"].settings(plan))
+    assert "as of one scheme" in str(clients(held)["transformers with compressed-tensors"])
+
+
 def test_a_kept_part_of_a_fused_matrix_is_a_conflict() -> None:
     (sentence,) = broken_fusions(plan_of({"*.v_proj": "keep"}, Scheme(4, 64)))
     assert "v_proj kept" in sentence

@@ -18,6 +18,7 @@ from auto_round.calibrate.dataset import CalibrationSet
 from auto_round.calibrate.front import Walk
 from auto_round.calibrate.pairs import from_pairs
 from auto_round.calibrate.walker import walk
+from auto_round.conversion import convert
 from auto_round.errors import CalibrationError, SourceError, SpecError
 from auto_round.runtime.events import LogListener
 from auto_round.source.blocks import block_names, find_block_lists
@@ -174,12 +175,41 @@ def test_readers_that_convert_every_linear_are_told_to_leave_vision_alone(format
     AutoRound(tmp_path / "plain", recipe="rtn", group_size=32, device="cpu").quantize_and_save(
         tmp_path / "out", format, enable_check=False
     )
-    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert_only_text_is_converted(tmp_path / "plain", tmp_path / "out", format)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("format", ["auto_awq", "llm_compressor"])
+def test_they_are_told_so_by_converted_folders_too(format: str, name: str, tmp_path: Path) -> None:
+    config, _ = MODELS[name]
+    tiny(config, t.AutoModelForImageTextToText).save_pretrained(tmp_path / "plain")
+    AutoRound(tmp_path / "plain", recipe="rtn", group_size=32, device="cpu").quantize_and_save(
+        tmp_path / "gptq", "auto_gptq", enable_check=False
+    )
+    convert(tmp_path / "gptq", tmp_path / "out", format)
+    assert_only_text_is_converted(tmp_path / "plain", tmp_path / "out", format)
+
+
+def assert_only_text_is_converted(plain: Path, folder: Path, format: str) -> None:
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
     left = settings["modules_to_not_convert" if format == "auto_awq" else "ignore"]
-    linears = {name for name, module in opened(tmp_path / "plain").named_modules() if isinstance(module, nn.Linear)}
+    linears = {name for name, module in opened(plain).named_modules() if isinstance(module, nn.Linear)}
     inside = {name for name in linears if ".language_model." in f".{name}" and ".layers." in name}
     assert inside < linears
     assert {name for name in linears if should_convert_module(name, left)} == inside
+
+
+def test_a_converted_folder_of_a_model_that_renames_its_tensors_opens(tmp_path: Path) -> None:
+    config, asked = MODELS["qwen2_5_vl"]
+    tiny(config, t.AutoModelForImageTextToText).save_pretrained(tmp_path / "plain")
+    AutoRound(tmp_path / "plain", recipe="rtn", group_size=32, device="cpu").quantize_and_save(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "gptq", "auto_gptq")
+    settings = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
+    assert not settings["lm_head"]
+    assert not settings.get("dynamic")
+    convert(tmp_path / "gptq", tmp_path / "again", "auto_round")
+    first, second = (logits_of(opened(tmp_path / name), **asked) for name in ("ours", "again"))
+    assert torch.equal(first, second)
 
 
 def test_vision_is_quantised_when_asked(tmp_path: Path) -> None:

@@ -11,16 +11,18 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from auto_round.errors import FormatError
+from auto_round.errors import FormatError, SourceError
 from auto_round.formats import FORMATS, open_coded
 from auto_round.formats.base import CodedModel, Export, Format
 from auto_round.formats.planning import plan_of, provenance_of
@@ -29,6 +31,7 @@ from auto_round.qtensor import from_blocks
 from auto_round.runtime.durable import disk_errors
 from auto_round.runtime.journal import Journal
 from auto_round.runtime.workspace import check_free, check_output, workspace
+from auto_round.source.blocks import find_block_lists, linears_in, text_names
 from auto_round.source.foreign import foreign
 from auto_round.source.skeleton import auto_class
 from auto_round.spec.plan import LayerPlan, LinearShape, Plan
@@ -106,7 +109,7 @@ def convert(
                 "come of it; convert the original model's folder instead"
             )
         tell(f"{source}: {model.format} ({model.detail}), {len(model.layers)} layers")
-        plan, tokenizer = plan_of(model), _tokenizer(model, target)
+        plan, tokenizer = _as_described(model, plan_of(model)), _tokenizer(model, target)
         schemes = _schemes_to_round(model, plan, target, requantize, wanted)
         shapes = [LinearShape(layer.name, layer.out_features, layer.in_features) for layer in plan.layers]
         target.prescribe(shapes, model.config, tokenizer)  # a model that it cannot hold at all is refused here
@@ -122,17 +125,38 @@ def convert(
     return Conversion(str(source), model.format, str(folder), format, len(model.layers), losses)
 
 
-def conv1d_layers(model: CodedModel) -> frozenset[str]:
-    """Layers that stand for a Conv1D, whose weight is (in, out); none where transformers does not know the model."""
+def _described(model: CodedModel) -> nn.Module:
+    """The model of its config, without weights; an empty module where transformers does not know it."""
     try:
         config = AutoConfig.for_model(**model.config)
     except ValueError:  # code of its own
-        return frozenset()
+        return nn.Module()
     with foreign(f"{model.path}: the model of its config cannot be built"), init_empty_weights():
-        modules = auto_class(config).from_config(config).named_modules()
-    turned = tuple(f".{name}" for name, module in modules if isinstance(module, Conv1D))
+        described: nn.Module = auto_class(config).from_config(config)
+    return described
+
+
+def conv1d_layers(model: CodedModel) -> frozenset[str]:
+    """Layers that stand for a Conv1D, whose weight is (in, out); none where transformers does not know the model."""
+    turned = tuple(f".{name}" for name, module in _described(model).named_modules() if isinstance(module, Conv1D))
     # A file of the bare model lacks the first parts of the names.
     return frozenset(name for name in model.layers if any(full.endswith(f".{name}") for full in turned))
+
+
+def _as_described(model: CodedModel, plan: Plan) -> Plan:
+    """The plan with what readers know by the model's own names, which files may spell otherwise: the lists of blocks,
+    and, as kept, the Linears of what sees or hears, since some convert every Linear that they are not told to leave."""
+    described = _described(model)
+    linears = linears_in(described)
+    lists: list[str] = []
+    with suppress(SourceError):  # GPT-2's have no Linears, nor has a model that is not known
+        lists = find_block_lists(described)
+    text = text_names(described, linears)
+    others = [name for name in linears if name not in text and not any(name.endswith(own) for own in plan.quantised)]
+    sizes = {name: linears[name].weight.shape for name in others}
+    kept = [LayerPlan(name, size[0], size[1], None, "outside the blocks") for name, size in sizes.items()]
+    lists = list(dict.fromkeys([*plan.block_lists, *lists]))
+    return dataclasses.replace(plan, layers=(*plan.layers, *kept), block_lists=tuple(lists))
 
 
 def obstacles(model: CodedModel, plan: Plan, target: Format) -> dict[str, str]:

@@ -45,6 +45,15 @@ def test_torch_s_kernel_gets_the_products(inputs: int, group_size: int, sym: boo
     assert (y.double() - expected).norm() / expected.norm() < 2**-7
 
 
+def test_the_last_tokens_of_a_batch_are_rows_of_their_own() -> None:
+    """What a head is given while a batch is generated: a view whose rows lie a sample apart."""
+    tensor = random_qtensor(48, 256, Scheme(4, 32), 0, seed=1)
+    prepared = INT4PACK.prepare(Stored.of(tensor, GPTQ_RAW), HALF)
+    hidden = torch.randn(3, 5, 256).bfloat16()
+    y = INT4PACK.linear(hidden[:, -1:], prepared, None)
+    assert torch.equal(y, INT4PACK.linear(hidden, prepared, None)[:, -1:])
+
+
 def test_gradients_pass_through_a_borrowed_kernel() -> None:
     tensor = random_qtensor(16, 64, Scheme(4, 32), 0, seed=2)
     layer = QLinear.from_qtensor(tensor, GPTQ_RAW, INT4PACK, None, "layer")

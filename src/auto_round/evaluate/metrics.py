@@ -60,7 +60,7 @@ def log_probabilities(logits: Tensor) -> Tensor:
 
 def nll(log_probs: Tensor, targets: Tensor) -> float:
     """log_probs: (n, vocabulary); targets: (n,) int64. Returns the summed negative log-likelihood in nats."""
-    return -float(log_probs.gather(1, targets[:, None]).sum(dtype=torch.float64))
+    return -_sum(log_probs.gather(1, targets[:, None]))
 
 
 def kl_divergence(reference: Tensor, log_probs: Tensor) -> float:
@@ -69,7 +69,12 @@ def kl_divergence(reference: Tensor, log_probs: Tensor) -> float:
     A token that the reference rules out (-inf) adds nothing, as 0 log 0 is 0.
     """
     terms = reference.exp() * (reference - log_probs)
-    return float(terms.masked_fill_(reference == -math.inf, 0.0).sum(dtype=torch.float64))
+    return _sum(terms.masked_fill_(reference == -math.inf, 0.0))
+
+
+def _sum(values: Tensor) -> float:
+    """Of values (n, m) float32: rows in float32, all of them in float64, which not every device has."""
+    return float(values.sum(1).cpu().double().sum())
 
 
 def top1(reference: Tensor, log_probs: Tensor) -> int:

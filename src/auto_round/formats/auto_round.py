@@ -38,7 +38,7 @@ def packing_for(plan: Plan) -> str:
 
 def quantization_config(plan: Plan, provenance: Mapping[str, Any]) -> dict[str, Any]:
     """The dict that goes into config.json: keys that transformers, vLLM and SGLang read, then provenance."""
-    layers = {layer.name: layer.scheme for layer in plan.layers}
+    layers = {**{layer.name: layer.scheme for layer in plan.layers}, **dict.fromkeys(plan.routers)}
     return {**settings(packing_for(plan), plan.scheme, layers, plan.block_lists), **provenance}
 
 

@@ -71,7 +71,7 @@ class AwqFormat:
             "group_size": scheme.group_size,
             "zero_point": True,
             "sym": scheme.sym,
-            "modules_to_not_convert": list(dict.fromkeys([HEAD, *plan.kept])),
+            "modules_to_not_convert": list(dict.fromkeys([HEAD, *plan.kept, *plan.routers])),
             "to_quant_block_names": ",".join(plan.block_lists),
             "provider": "auto-round",
         }

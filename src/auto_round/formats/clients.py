@@ -17,6 +17,7 @@ MARLIN_GROUPS = (-1, 32, 64, 128)
 GPTQMODEL_GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
 AWQ_PACKINGS = ("auto_round:auto_awq", "auto_round:awq")
 GGUF = tuple(f"gguf:{name}" for name in FILE_TYPES)
+EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # as checkpoints of single experts call them
 SERVED_PACKINGS = ("auto_round:auto_gptq", *AWQ_PACKINGS)
 
 
@@ -93,7 +94,18 @@ def _compressed(held: Held) -> str | None:
             return _ragged(layer)
         return f"{layer.name}: asymmetric files need CompressedTensorsConfig(dequantize=True), a fault of 0.18 to 0.20"
 
-    return _first(held, packed)
+    expert = _experts(held)
+    schemes = {layer.scheme for layer in held.plan.quantised.values() if layer.scheme}
+    if len(schemes) > 1 and (expert or not all(scheme.sym for scheme in schemes)):
+        return "experts and asymmetric layers need dequantize=True, by which it reads all layers as of one scheme"
+    return f"{expert} without CompressedTensorsConfig(dequantize=True)" if expert else _first(held, packed)
+
+
+def _stacked(held: Held) -> str | None:
+    """Experts that checkpoints keep in one stack have names of ours as single ones."""
+    experts = (name for name in held.plan.quantised if EXPERT.match(name))
+    name = next((name for name in experts if name.rpartition(".")[2] not in EXPERT_PARTS), None)
+    return f"{name}: this model stores its experts in one stack, and it looks for them by other names" if name else None
 
 
 def _gptqmodel(held: Held) -> str | None:
@@ -103,7 +115,7 @@ def _gptqmodel(held: Held) -> str | None:
             return None
         return f"{layer.name}: its kernels take groups of {', '.join(map(str, GPTQMODEL_GROUPS))}, not {size}"
 
-    return _first(held, group)
+    return _stacked(held) or _first(held, group)
 
 
 def _intel(held: Held) -> str | None:
@@ -121,8 +133,10 @@ def _server(held: Held) -> str | None:
         return "it does not read act-order"
     if held.format == "auto_round" and held.packing not in SERVED_PACKINGS:
         return f"it does not read packing {held.packing!r}"
-    return next(iter(broken_fusions(held.plan)), None) or _first(
-        held, lambda layer: _served(held, layer) or _ragged(layer)
+    return (
+        _stacked(held)
+        or next(iter(broken_fusions(held.plan)), None)
+        or _first(held, lambda layer: _served(held, layer) or _ragged(layer))
     )
 
 

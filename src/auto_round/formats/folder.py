@@ -105,12 +105,20 @@ def open_folder(
         config=config,
         checkpoint=checkpoint,
         layers=layers,
-        block_lists=tuple(blocks) or block_lists(names),
+        block_lists=_lists(names, blocks),
         codes=codes,
         weight=lambda name: codes(name).dequantize(),
         extra=extra_files(folder),
         settings=settings,
     )
+
+
+def _lists(names: Sequence[str], blocks: Sequence[str]) -> tuple[str, ...]:
+    """The lists of blocks that the config names; where files spell them otherwise, theirs in front."""
+    inside = tuple(f"{block}." for block in blocks)
+    if any(name.startswith(inside) for name in names):
+        return tuple(blocks)
+    return tuple(dict.fromkeys([*block_lists(names), *blocks]))
 
 
 def block_lists(names: Sequence[str]) -> tuple[str, ...]:

@@ -144,7 +144,7 @@ class CompressedFormat:
             "format": PACKED,
             "quantization_status": "compressed",
             "config_groups": groups,
-            "ignore": list(dict.fromkeys([*([] if HEAD in quantised else [HEAD]), *plan.kept])),
+            "ignore": list(dict.fromkeys([*([] if HEAD in quantised else [HEAD]), *plan.kept, *plan.routers])),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }

@@ -34,7 +34,7 @@ class TransientLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        y: Tensor = self.inner(x)
+        y: Tensor = self.inner(x.to(self.inner.device))  # a hook that did so was of the head in whose place it is
         return y
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

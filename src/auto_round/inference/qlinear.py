@@ -196,6 +196,11 @@ class QLinear(nn.Module):
                 )
             self._buffers[name] = narrow
 
+    @property
+    def device(self) -> torch.device:
+        """Where its codes are."""
+        return self._home
+
     def stored(self) -> Stored:
         """The layer's tensors as its file holds them, inputs in `order`.
 
@@ -215,7 +220,7 @@ class QLinear(nn.Module):
     def qtensor(self) -> QTensor:
         """The layer's codes, scales and zero points, inputs as they come."""
         tensor = self.prepared.qtensor() if self.prepared is not None else self.stored().qtensor()
-        return tensor if self.order is None else tensor.out_of_order(self.order)
+        return tensor if self.order is None else tensor.out_of_order(self.order.to(tensor.codes.device))
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply inputs (..., in) to outputs (..., out) of the same dtype."""

@@ -69,6 +69,7 @@ class _Finisher:
         held = torch.arange(count)[-max(1, round(HELD * count)) :]
         batches = self._batches(max(1, count - len(held)))
         with behind_blocks(prepared.skeleton, prepared.blocks, settings.dtype, settings.device):
+            self._heads = {m: weight.to(m.weight.device, m.weight.dtype) for m, weight in self._heads.items()}
             done, losses = self._restored()
             if not losses:
                 try:
@@ -175,7 +176,7 @@ class _Finisher:
         plain = {module: module.weight.data for module in self._heads}
         for module, weight in self._heads.items():
             if rounded:
-                module.weight.data = weight.to(module.weight.device, module.weight.dtype)
+                module.weight.data = weight
         try:
             yield
         finally:

@@ -302,8 +302,9 @@ def _distance(reference: Sequence[Tensor], logits: Iterator[Tensor], tokens: Ten
 
 def _relative_error(found: Tensor, expected: Tensor) -> float:
     """|found - expected|^2 / |expected|^2."""
-    difference = (found.double() - expected.double()).square().sum()
-    return float(difference / expected.double().square().sum())
+    difference = (found.float() - expected.float()).square().flatten(1).sum(1)
+    size = expected.float().square().flatten(1).sum(1)
+    return float(difference.cpu().double().sum() / size.cpu().double().sum())  # not every device has float64
 
 
 def _finding(opened: str, total: Tally) -> Finding:

@@ -12,7 +12,7 @@ from auto_round.formats.base import Format
 from auto_round.pipeline.job import Job, Prepared
 from auto_round.registry import did_you_mean
 from auto_round.runtime.events import Listener
-from auto_round.source.blocks import find_block_lists, is_linear, kept_by_default, linears_in, text_names
+from auto_round.source.blocks import find_block_lists, is_linear, kept_by_default, linears_in, routers_in, text_names
 from auto_round.source.opening import Source
 from auto_round.source.recast import output_name
 from auto_round.source.skeleton import Skeleton
@@ -59,7 +59,9 @@ def plan_layers(
     named = {layer.name for layer in plan.layers}
     others = [shape for shape in _shapes(linears_in(skeleton.model)) if shape.name not in named]
     left = [LayerPlan(s.name, s.out_features, s.in_features, None, "outside the blocks") for s in others]
-    plan = replace(plan, layers=(*plan.layers, *left))
+    routers = [n for b in blocks for n in routers_in(skeleton.model.get_submodule(b), f"{b}.")]
+    stored = [(skeleton.stored_name(f"{name}.weight") or name).removesuffix(".weight") for name in routers]
+    plan = replace(plan, layers=(*plan.layers, *left), routers=tuple(dict.fromkeys([*routers, *stored])))
     for output in formats:
         output.check(plan)
     return plan

@@ -68,11 +68,24 @@ def kept_by_default(block: nn.Module, prefix: str = "") -> dict[str, str]:
     Routers and gates of experts have few outputs, on which all else depends.
     """
     found = {prefix + name: "the model reads its weight directly" for name in _matching(block, "read_directly")}
+    found.update({prefix + name: "it weighs the block's streams" for name in _matching(block, "steering")})
     if any("expert" in f"{name} {_name(module)}".lower() for name, module in block.named_modules()):
         found.update({prefix + name: "chooses experts" for name in _matching(block, "routers")})
     return found
 
 
+def routers_in(block: nn.Module, prefix: str = "") -> list[str]:
+    """Modules of `block` that choose experts by a weight (experts, hidden) and are no Linears here; some readers make
+    Linears of them."""
+    weights = {name: getattr(module, "weight", None) for name, module in block.named_modules() if not is_linear(module)}
+    matrices = [name for name, weight in weights.items() if isinstance(weight, nn.Parameter) and weight.dim() == 2]
+    return [prefix + name for name in _among(matrices, "routers")]
+
+
 def _matching(block: nn.Module, kind: str) -> list[str]:
+    return _among(linears_in(block), kind)
+
+
+def _among(names: Iterable[str], kind: str) -> list[str]:
     patterns = [re.compile(pattern) for pattern in quirk("names", kind)]
-    return [name for name in linears_in(block) if any(pattern.search(name) for pattern in patterns)]
+    return [name for name in names if any(pattern.search(name) for pattern in patterns)]

@@ -171,7 +171,10 @@ class Skeleton:
 
 
 def auto_class(config: PretrainedConfig) -> Any:
-    """The Auto class that opens the model: by the class named in its config, else the first that knows the config."""
+    """The Auto class that opens the model: by the class named in its config, else the first that knows the config.
+
+    Raises SourceError for encoders, which the first would take for decoders.
+    """
     named = (getattr(config, "architectures", None) or [None])[0]
     known = []
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
@@ -180,6 +183,10 @@ def auto_class(config: PretrainedConfig) -> Any:
             classes = auto._model_mapping[type(config)]
             if named in {c.__name__ for c in (classes if isinstance(classes, tuple) else (classes,))}:
                 return auto
+    if named and known and (getattr(config, "is_encoder_decoder", False) or named.endswith("ForMaskedLM")):
+        raise SourceError(
+            f"{named} does not go on with a text as it is; models that predict the next token can be quantised"
+        )
     return known[0] if known else AutoModelForCausalLM
 
 

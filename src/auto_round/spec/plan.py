@@ -41,11 +41,15 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole model: the scheme most layers have, the layers in module order, the names of the block lists."""
+    """The whole model: the scheme most layers have, the layers in module order, the names of the block lists.
+
+    routers: names of modules in the blocks that are no Linears here but for some readers, which have to be told.
+    """
 
     scheme: Scheme
     layers: tuple[LayerPlan, ...]
     block_lists: tuple[str, ...]
+    routers: tuple[str, ...] = ()
 
     @property
     def quantised(self) -> dict[str, LayerPlan]:

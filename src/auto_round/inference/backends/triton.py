@@ -36,6 +36,9 @@ class Triton:
             )
         if dtype not in DTYPES:
             return Reason(f"it does not take {dtype} inputs", "load in bfloat16, float16 or float32")
+        old = device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
+        if old and dtype is torch.bfloat16:
+            return Reason("it needs a device of compute capability 8.0 for bfloat16", "load in float16")
         if find_spec("triton") is None:
             return Reason("the package triton is not installed", "install it", "pip install triton")
         return None

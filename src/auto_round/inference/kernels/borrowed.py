@@ -45,8 +45,8 @@ class Borrowed:
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., in) of any float dtype -> (..., out)."""
-        rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
-        y = self.multiply(rows).to(x.dtype).view(*x.shape[:-1], -1)
+        rows = x.reshape(-1, x.shape[-1]).to(self.dtype).contiguous()  # kernels go by the pointer alone
+        y = self.multiply(rows).to(x.dtype).view(*x.shape[:-1], self.kept.out_features)
         return y if bias is None else y + bias.to(x.dtype)
 
 

@@ -5,6 +5,7 @@ classes.json    linear: subclasses of nn.Linear that compute x @ W^T + b and not
                 run_all_experts: classes that multiply every token by every expert
 names.json      routers: regular expressions of Linears that choose experts, and stay as they are
                 read_directly: of Linears whose weight the model uses without calling them (the step sizes of Mamba)
+                steering: of Linears with few outputs that weigh the streams of a block
                 nontext: regular expressions of what works on images or sound, also where it lies in the text model
 """
 
