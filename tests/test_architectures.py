@@ -358,6 +358,27 @@ def test_experts_count_in_a_forecast_as_often_as_they_are_chosen(
     assert many.multiplied < 1.3 * few.multiplied
 
 
+def test_activations_leave_an_accelerator_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny(CONFIGS["qwen2"]).save_pretrained(tmp_path / "plain")
+    prepared = prepare(
+        AutoRound(tmp_path / "plain", group_size=32, device="cpu")._job, [FORMATS["auto_round"]], tmp_path
+    )
+    prepared = replace(prepared, job=replace(prepared.job, device=torch.device("cuda")))  # nothing is run there
+
+    def chosen(free: int) -> tuple[bool, int, bool]:
+        monkeypatch.setattr(needs, "free_device_bytes", lambda device: free)
+        wanted = needs.needs(prepared, 128, 64)
+        return wanted.on_host, wanted.samples_per_forward, needs.device_shortage(wanted, prepared.job) is not None
+
+    monkeypatch.setattr(needs, "free_device_bytes", lambda device: 10**12)
+    most = needs.needs(prepared, 128, 64)
+    assert most.device_bytes is not None
+    assert chosen(most.device_bytes) == (False, 8, False)
+    assert chosen(most.device_bytes - 1) == (True, 8, False)
+    assert chosen(most.device_bytes - most.activation_bytes - 1) == (True, 4, False)
+    assert chosen(1000) == (True, 1, True)
+
+
 def test_the_size_before_counts_a_shared_weight_once(tmp_path: Path) -> None:
     tiny(t.Qwen2Config(**{**HEAD, "tie_word_embeddings": True})).save_pretrained(tmp_path / "plain")
     tuner = AutoRound(tmp_path / "plain", recipe="rtn", group_size=32, device="cpu", quant_lm_head=True)

@@ -73,8 +73,8 @@ def quantise(ready: Ready, journal: Journal, scratch: Path, listener: Listener) 
     job, data = ready.prepared.job, ready.calibration
     wanted = _needs_of(ready)
     heed(too_much(wanted, job), job, listener)
-    if wanted.on_disk or wanted.samples_per_forward < job.recipe.batch_size:
-        place = "on disk" if wanted.on_disk else "in memory"
+    if wanted.on_disk or wanted.on_host or wanted.samples_per_forward < job.recipe.batch_size:
+        place = "on disk" if wanted.on_disk else "in the host's memory" if wanted.on_host else "in memory"
         listener.note(f"activations are kept {place}, {wanted.samples_per_forward} samples go through a block at once")
     runner = Runner(ready.prepared, wanted, journal, scratch, listener)
     if (

@@ -13,7 +13,16 @@ from auto_round.formats.clients import Held, clients
 from auto_round.pipeline.duration import seconds
 from auto_round.pipeline.gate import foreseen
 from auto_round.pipeline.job import Job, Prepared, Saving
-from auto_round.pipeline.needs import IN_PLACE, budget_bytes, needs, own_texts, shortage, too_much, writing_bytes
+from auto_round.pipeline.needs import (
+    IN_PLACE,
+    budget_bytes,
+    device_shortage,
+    needs,
+    own_texts,
+    shortage,
+    too_much,
+    writing_bytes,
+)
 from auto_round.pipeline.publishing import SPARE, journal_bytes
 from auto_round.pipeline.saving import blank_export
 from auto_round.pipeline.timing import Rates, measure
@@ -36,7 +45,7 @@ def forecast(prepared: Prepared, saving: Saving, target: Path, seqlen: int, open
     own = own_texts(job, seqlen) if calibrated else []
     wants = [(0, 0), *(writing_bytes(prepared, texts, length) for texts, _, length in own)]
     writing, on_device = max(host for host, _ in wants), max(device for _, device in wants)
-    short = (too_much(wanted, job), shortage("writing", writing, job, IN_PLACE))
+    short = (too_much(wanted, job), device_shortage(wanted, job), shortage("writing", writing, job, IN_PLACE))
     problems = [sentence for sentence in short if sentence]
     checked = foreseen(prepared, samples, seqlen) if saving.max_kl is not None else None
     formats = tuple(_format(prepared, saving, output) for output in saving.formats)

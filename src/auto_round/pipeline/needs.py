@@ -15,6 +15,7 @@ from auto_round.calibrate.selftext import PIECE, STRETCHES, at_a_time
 from auto_round.errors import SpecError
 from auto_round.numerics.compensate import ROWS
 from auto_round.pipeline.job import Job, Prepared
+from auto_round.runtime.device import free_device_bytes
 from auto_round.runtime.events import Listener
 from auto_round.runtime.memory import available_bytes, resident_bytes
 from auto_round.source.checkpoint import DTYPES
@@ -80,13 +81,14 @@ class Sizes:
 class Needs:
     """What a run will use. memory: stage -> peak bytes of the host; see the fields of the same names in `Forecast`.
 
-    activation_bytes: most that there are at once, wherever they lie. device_bytes: peak on the accelerator that
-    computes, None when there is none.
+    on_host: activations are in the host's memory though an accelerator computes. activation_bytes: most that there are
+    at once, wherever they lie. device_bytes: peak on the accelerator that computes, None when there is none.
     """
 
     memory: Mapping[str, int]
     samples_per_forward: int
     on_disk: bool
+    on_host: bool
     activation_bytes: int
     device_bytes: int | None
 
@@ -99,17 +101,31 @@ class Needs:
 def needs(prepared: Prepared, samples: int, seqlen: int) -> Needs:
     """Choose where activations lie and how many samples go through a block at once, so that the budget suffices.
 
-    First activations leave for the disk, then fewer samples go through a block at once. samples, seqlen: of the
-    calibration set; 0 samples when none is needed. The result may still be above the budget: see `too_much`.
+    First activations leave an accelerator for the host, and the host for the disk, then fewer samples go through a
+    block at once. samples, seqlen: of the calibration set; 0 samples when none is needed. The result may still be above
+    the budget: see `too_much` and `device_shortage`.
     """
-    job = prepared.job
-    budget = budget_bytes(job)
-    found = _needs(prepared, samples, seqlen, job.recipe.batch_size, on_disk=job.activations_on_disk)
-    if found.peak_bytes > budget and samples:
-        found = _needs(prepared, samples, seqlen, job.recipe.batch_size, on_disk=True)
-        while found.peak_bytes > budget and found.samples_per_forward > 1:
-            found = _needs(prepared, samples, seqlen, fewer(found.samples_per_forward), on_disk=True)
+    job, budget = prepared.job, budget_bytes(prepared.job)
+    on_disk, on_host, micro = job.activations_on_disk, job.recipe.low_gpu_mem_usage, job.recipe.batch_size
+    found = _needs(prepared, samples, seqlen, micro, on_disk=on_disk, on_host=on_host)
+    if samples and device_shortage(found, job):
+        on_host = True
+        found = _needs(prepared, samples, seqlen, micro, on_disk=on_disk, on_host=on_host)
+    if samples and found.peak_bytes > budget:
+        on_disk = True
+        found = _needs(prepared, samples, seqlen, micro, on_disk=on_disk, on_host=on_host)
+    while samples and micro > 1 and (found.peak_bytes > budget or device_shortage(found, job)):
+        micro = fewer(micro)
+        found = _needs(prepared, samples, seqlen, micro, on_disk=on_disk, on_host=on_host)
     return found
+
+
+def device_shortage(wanted: Needs, job: Job) -> str | None:
+    """A sentence when a run needs more memory than the accelerator has left, else None."""
+    free = free_device_bytes(job.device)
+    if wanted.device_bytes is None or free is None or wanted.device_bytes <= free:
+        return None
+    return f"{job.device} needs about {wanted.device_bytes / 1e9:.2f} GB of memory and has {free / 1e9:.2f} GB left"
 
 
 def too_much(wanted: Needs, job: Job) -> str | None:
@@ -229,7 +245,7 @@ def outside_bytes(prepared: Prepared, dtype: torch.dtype) -> tuple[int, int]:
     return sum(p.numel() for n, p in own.items() if n not in names) * dtype.itemsize, heads * dtype.itemsize
 
 
-def _needs(prepared: Prepared, samples: int, seqlen: int, micro: int, *, on_disk: bool) -> Needs:
+def _needs(prepared: Prepared, samples: int, seqlen: int, micro: int, *, on_disk: bool, on_host: bool) -> Needs:
     job = prepared.job
     blocks, base = all_sizes(prepared), resident_bytes() + OVERHEAD
     width = job.dtype.itemsize
@@ -246,7 +262,7 @@ def _needs(prepared: Prepared, samples: int, seqlen: int, micro: int, *, on_disk
         if prepared.last_by_tokens:
             tuning = max(tuning, _tuning(blocks[-1], job, micro * seqlen, hidden) + _judging(prepared, micro * seqlen))
         stored = max(sizes.stored_bytes for sizes in blocks)
-        kept_here = activations if not on_disk and (job.recipe.low_gpu_mem_usage or not there) else 0
+        kept_here = activations if not on_disk and (on_host or not there) else 0
         kept_there = activations if not on_disk and not kept_here else 0
         memory["loading"] = base + copied + kept_here + (0 if there else outside)
         memory["tuning"] = base + kept_here + stored + (0 if there else tuning)
@@ -259,7 +275,8 @@ def _needs(prepared: Prepared, samples: int, seqlen: int, micro: int, *, on_disk
         rounding = max((2 * sizes.weights for sizes in blocks), default=0) + 2 * largest * 4
         memory["rounding"] = base + rounding + (0 if there else sliced)
         device = sliced
-    return Needs(memory, micro, on_disk, max(activations, finished), device if there else None)
+    host = there and on_host and not on_disk
+    return Needs(memory, micro, on_disk, host, max(activations, finished), device if there else None)
 
 
 def _kept_per_token(prepared: Prepared, hidden: int) -> int:

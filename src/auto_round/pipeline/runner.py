@@ -50,7 +50,7 @@ class Runner:
         self._prepared, self._journal, self._listener = prepared, journal, listener
         self._job = micro_batched(prepared.job, wanted.samples_per_forward)
         self._skeleton, self._plan = prepared.skeleton, prepared.plan
-        self._cache = scratch / ACTIVATIONS if wanted.on_disk else None
+        self._cache, self._on_host = scratch / ACTIVATIONS if wanted.on_disk else None, wanted.on_host
 
     def round_alone(self) -> list[BlockStats]:
         """Round every layer to nearest, without activations."""
@@ -72,7 +72,7 @@ class Runner:
             quantised_inputs=recipe.enable_quanted_input,
             device=job.device,
             dtype=job.dtype,
-            store=torch.device("cpu") if recipe.low_gpu_mem_usage or self._cache else job.device,
+            store=torch.device("cpu") if self._on_host or self._cache else job.device,
             cache=self._cache,
             compile=recipe.enable_torch_compile,
         )

@@ -97,6 +97,14 @@ def peak_device_bytes(device: torch.device) -> int | None:
     return int(torch.get_device_module(device).max_memory_allocated(device))
 
 
+def free_device_bytes(device: torch.device) -> int | None:
+    """Memory that an accelerator has left for all programs; None on the CPU, and where torch cannot tell."""
+    if device.type == "cpu":
+        return None
+    told = getattr(torch.get_device_module(device), "mem_get_info", None)  # XPUs in newer versions only
+    return int(told(device)[0]) if told is not None else None
+
+
 def release_cached(device: torch.device) -> None:
     """Give memory that is cached but not used back to an accelerator's driver or, on a CPU, to the system."""
     if device.type != "cpu":

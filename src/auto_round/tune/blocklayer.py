@@ -15,13 +15,13 @@ from torch import Tensor
 from auto_round.numerics.compensate import Compensation, offsets_for
 from auto_round.numerics.integer import quantise
 from auto_round.numerics.kpack import pack_blocks
-from auto_round.numerics.kquant import CHUNK, Grid, half, plain_grid, search_grid, to_fields
+from auto_round.numerics.kquant import Grid, half, plain_grid, search_grid, to_fields
 from auto_round.qtensor import BlockTensor
 from auto_round.spec.blocks import BlockScheme
 from auto_round.tune.columns import rounded_codes
 from auto_round.tune.layer import SEARCHED_BOUNDS, require_finite
 from auto_round.tune.passes import Grids, Motion, build_weight, row_chunks, step_offsets
-from auto_round.tune.start import Inputs
+from auto_round.tune.start import Inputs, rows_at_once
 
 
 class BlockLayer:
@@ -103,7 +103,7 @@ class BlockLayer:
         in_features = self.weight[0].numel()
         importance = self.weight.new_ones(in_features) if inputs is None else inputs.importance
         importance = importance.view_as(self.weight[0])
-        rows = max(1, CHUNK // in_features)
+        rows = rows_at_once(self.weight)
         parts = [search_grid(chunk, importance, self.scheme) for chunk in self.weight.split(rows)]
         return Grid(
             torch.cat([p.d for p in parts]),

@@ -73,13 +73,17 @@ def plain_grid(grouped: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     return asym_grid(*asym_range(grouped), scheme.max_code)
 
 
+def rows_at_once(weight: Tensor) -> int:
+    """Rows of `weight` in one pass of a search; more on accelerators, whose launches cost more than a cache saves."""
+    return max(1, (ROW_CHUNK if weight.device.type == "cpu" else 16 * ROW_CHUNK) // weight[0].numel())
+
+
 def searched_grid(grouped: Tensor, importance: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Scale and zero point by range search, a chunk of rows at a time; importance: (in,) second moments."""
     width = grouped.shape[-1]
     weights = to_groups(importance[None], width)[0]
-    rows = max(1, ROW_CHUNK // (grouped.shape[1] * width))
     scales, zeros = [], []
-    for chunk in grouped.split(rows):
+    for chunk in grouped.split(rows_at_once(grouped)):
         if scheme.sym:
             scale = search_sym(chunk, weights, scheme.bits)
             zero = torch.full_like(scale, float(scheme.mid_code))
@@ -107,7 +111,7 @@ def make_start(weight: Tensor, scheme: Scheme, kind: str, inputs: Inputs | None)
         return Start(scale, zero, None)
     scales, zeros = scale[..., 0], zero[..., 0]
     offset = rounded_codes(weight, scales, zeros, width, scheme.max_code, inputs.compensation)
-    for begin in range(0, len(weight), rows := max(1, ROW_CHUNK // in_features)):
+    for begin in range(0, len(weight), rows := rows_at_once(weight)):
         part = slice(begin, begin + rows)
         steps, shifts = (expand_groups(values[part], width, in_features) for values in (scales, zeros))
         offset[part] = offsets_for(weight[part], offset[part], steps, shifts)
