@@ -376,7 +376,7 @@ def test_activations_leave_an_accelerator_that_is_too_small(tmp_path: Path, monk
     assert chosen(most.device_bytes) == (False, 8, False)
     assert chosen(most.device_bytes - 1) == (True, 8, False)
     assert chosen(most.device_bytes - most.activation_bytes - 1) == (True, 4, False)
-    assert chosen(1000) == (True, 1, True)
+    assert chosen(1000) == (True, 8, True)  # fewer samples would not help
 
 
 def test_the_size_before_counts_a_shared_weight_once(tmp_path: Path) -> None:

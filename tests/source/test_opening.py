@@ -79,6 +79,34 @@ def test_no_file_of_another_tokenizer_stays_beside_the_given_one(tmp_path: Path)
     assert names(open_source(tmp_path / "m", None, tmp_path / "scratch")).keys() > {"special_tokens_map.json"}
 
 
+def test_a_tokenizer_leaves_the_processors_template(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    for name in ("chat_template.json", "chat_template.jinja"):
+        (tmp_path / "m" / name).write_text("{}")
+    kept = names(open_source(tmp_path / "m", tiny_tokenizer(), tmp_path / "scratch"))
+    assert "chat_template.json" in kept  # transformers reads it for processors alone
+    assert "chat_template.jinja" not in kept
+
+
+def test_a_processors_template_goes_before_the_tokenizers(tmp_path: Path) -> None:
+    class Processor:
+        chat_template = "of the processor"
+
+        def save_pretrained(self, folder: Path) -> None:
+            folder.mkdir(parents=True)
+            (folder / "processor_config.json").write_text("{}")
+
+    tiny_llama().save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "chat_template.json").write_text("{}")
+    mine = tiny_tokenizer()
+    mine.chat_template = "of the tokenizer"
+    source = open_source(tmp_path / "m", mine, tmp_path / "scratch", processor=Processor())
+    assert names(source)["chat_template.jinja"].read_text() == "of the processor"
+    assert "tokenizer.json" in names(source)
+    assert "chat_template.json" not in names(source)
+
+
 def test_what_calls_leave_in_a_tokenizer_is_not_saved(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path / "m")
     mine = tiny_tokenizer()

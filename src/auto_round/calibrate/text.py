@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
@@ -19,6 +21,7 @@ from auto_round.runtime.events import Listener
 _BATCH = 32
 # Below this many tokens, one of them standing in half of the places says nothing.
 _TELLING = 16
+PROBE = "Hello there"  # a user's words, by which a chat template shows whether it has a place for them
 
 
 @dataclass(frozen=True)
@@ -73,19 +76,26 @@ class Encoder:
         if self._system_prompt is not None:
             messages = [message for message in messages if message["role"] != "system"]
             messages.insert(0, {"role": "system", "content": self._system_prompt})
-        text = self._templated(messages)
-        if not _holds(text, messages):
-            # Templates of models that see look for parts in a message, and find none in a string.
-            text = self._templated(
-                [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
-            )
-        if not _holds(text, messages):
-            raise CalibrationError(
-                "the tokenizer's chat template drops what a user says: leave out apply_chat_template and system_prompt"
-            )
-        return text
+        return self._templated(messages, parts=self._wants_parts)
 
-    def _templated(self, messages: Sequence[Mapping[str, object]]) -> str:
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """True for templates of models that see: they look for parts in a message, and find none in a string.
+
+        Raises CalibrationError when the template drops what a user says either way.
+        """
+        probe: list[Message] = [{"role": "user", "content": PROBE}]
+        for parts in (False, True):
+            if PROBE in self._templated(probe, parts=parts):
+                return parts
+        raise CalibrationError(
+            "the tokenizer's chat template drops what a user says: leave out apply_chat_template and system_prompt"
+        )
+
+    def _templated(self, conversation: Sequence[Message], *, parts: bool) -> str:
+        messages: list[Any] = list(conversation)
+        if parts:
+            messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
         try:
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False))
         except (TypeError, ValueError, TemplateError) as error:
@@ -125,12 +135,6 @@ def draw(corpus: Corpus, encoder: Encoder, wanted: Draw, listener: Listener) -> 
 def degenerate(ids: Tensor) -> bool:
     """True when one token takes more than half of the places of ids (tokens,): filler, or a tokenizer that fails."""
     return len(ids) >= _TELLING and int(torch.unique(ids, return_counts=True)[1].max()) * 2 > len(ids)
-
-
-def _holds(text: str, messages: Sequence[Message]) -> bool:
-    """True when `text` has all that users say, whatever its white space."""
-    found = "".join(text.split())
-    return all("".join(m["content"].split()) in found for m in messages if m["role"] == "user")
 
 
 def _plain(document: Document) -> str:

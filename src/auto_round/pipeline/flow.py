@@ -22,7 +22,7 @@ from auto_round.pipeline.forecast import forecast
 from auto_round.pipeline.gate import judge_record
 from auto_round.pipeline.inspection import inspect
 from auto_round.pipeline.job import Job, Prepared, Quantised, Ready, Saving
-from auto_round.pipeline.needs import Needs, heed, needs, too_much
+from auto_round.pipeline.needs import Needs, device_shortage, heed, needs, too_much
 from auto_round.pipeline.planning import tell_plan
 from auto_round.pipeline.preparing import prepare
 from auto_round.pipeline.publishing import check_space, kept_all, made_with, publish, published
@@ -73,6 +73,8 @@ def quantise(ready: Ready, journal: Journal, scratch: Path, listener: Listener) 
     job, data = ready.prepared.job, ready.calibration
     wanted = _needs_of(ready)
     heed(too_much(wanted, job), job, listener)
+    if sentence := device_shortage(wanted, job):
+        listener.warn(sentence)
     if wanted.on_disk or wanted.on_host or wanted.samples_per_forward < job.recipe.batch_size:
         place = "on disk" if wanted.on_disk else "in the host's memory" if wanted.on_host else "in memory"
         listener.note(f"activations are kept {place}, {wanted.samples_per_forward} samples go through a block at once")
@@ -118,9 +120,8 @@ def run(job: Job, saving: Saving, work: Workspace, listener: Listener) -> RunRep
         work.check(ready.facts)
     shutil.rmtree(work.folder / ACTIVATIONS, ignore_errors=True)  # of a run that was killed
     wanted = _needs_of(ready)
-    check_space(
-        prepared, saving, work, wanted.activation_bytes if wanted.on_disk and not kept_all(prepared, work) else 0
-    )
+    tuned = work.is_of(ready.facts) and kept_all(prepared, work)
+    check_space(prepared, saving, work, wanted.activation_bytes if wanted.on_disk and not tuned else 0)
     ready = written(ready, work.folder / WRITTEN, listener)
     work.claim(ready.facts, overwrite=saving.overwrite)
     journal = Journal(work.blocks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -102,8 +103,8 @@ def needs(prepared: Prepared, samples: int, seqlen: int) -> Needs:
     """Choose where activations lie and how many samples go through a block at once, so that the budget suffices.
 
     First activations leave an accelerator for the host, and the host for the disk, then fewer samples go through a
-    block at once. samples, seqlen: of the calibration set; 0 samples when none is needed. The result may still be above
-    the budget: see `too_much` and `device_shortage`.
+    block at once, where that helps. samples, seqlen: of the calibration set; 0 samples when none is needed. The result
+    may still be above the budget: see `too_much` and `device_shortage`.
     """
     job, budget = prepared.job, budget_bytes(prepared.job)
     on_disk, on_host, micro = job.activations_on_disk, job.recipe.low_gpu_mem_usage, job.recipe.batch_size
@@ -114,7 +115,9 @@ def needs(prepared: Prepared, samples: int, seqlen: int) -> Needs:
     if samples and found.peak_bytes > budget:
         on_disk = True
         found = _needs(prepared, samples, seqlen, micro, on_disk=on_disk, on_host=on_host)
-    while samples and micro > 1 and (found.peak_bytes > budget or device_shortage(found, job)):
+    least = _needs(prepared, samples, seqlen, 1, on_disk=on_disk, on_host=on_host)
+    fits = not device_shortage(least, job)  # else a device that really runs out lowers it, see `Runner`
+    while samples and micro > 1 and (found.peak_bytes > budget or (fits and device_shortage(found, job))):
         micro = fewer(micro)
         found = _needs(prepared, samples, seqlen, micro, on_disk=on_disk, on_host=on_host)
     return found
@@ -382,7 +385,7 @@ def _count(prepared: Prepared, block: str) -> Sizes:
     shared = [Shared(inputs, tuple(weights)) for (_, inputs), weights in sharing.items()]
     entries = prepared.source.checkpoint.entries
     stored = [entries[prepared.stored_names[name]] for name in linears if name in prepared.stored_names]
-    met = {name: _share(prepared, name, linears) for name in linears}
+    met = _shares(prepared, linears)
     parameters = sum(p.numel() for p in module.parameters())
     return Sizes(
         parameters=parameters,
@@ -393,13 +396,16 @@ def _count(prepared: Prepared, block: str) -> Sizes:
     )
 
 
-def _share(prepared: Prepared, name: str, linears: Collection[str]) -> float:
-    """The share of tokens that come to the Linear `name`: of an expert, as many as are chosen for a token over all."""
-    expert = EXPERT.match(name)
-    if expert is None:
-        return 1.0
-    experts = len({other[0] for linear in linears if (other := EXPERT.match(linear)) and other[1] == expert[1]})
-    config = prepared.skeleton.model.config.get_text_config()
-    chosen = next((n for key in EXPERTS_CHOSEN if isinstance(n := getattr(config, key, None), int)), experts)
-    run_all = type(prepared.skeleton.model.get_submodule(expert[1])).__name__ in quirk("classes", "run_all_experts")
-    return 1.0 if run_all else min(1.0, chosen / experts)
+def _shares(prepared: Prepared, linears: Collection[str]) -> dict[str, float]:
+    """The share of tokens that come to each Linear: to an expert, as many as are chosen for a token over all."""
+    model = prepared.skeleton.model
+    config = model.config.get_text_config()
+    chosen = next((n for key in EXPERTS_CHOSEN if isinstance(n := getattr(config, key, None), int)), None)
+    experts = {name: found for name in linears if (found := EXPERT.match(name))}
+    counts = Counter(owner for owner, _ in {(found[1], found[0]) for found in experts.values()})
+    all_run = quirk("classes", "run_all_experts")
+    shares = {
+        owner: 1.0 if chosen is None or type(model.get_submodule(owner)).__name__ in all_run else min(1.0, chosen / n)
+        for owner, n in counts.items()
+    }
+    return {name: shares[experts[name][1]] if name in experts else 1.0 for name in linears}

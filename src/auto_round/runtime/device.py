@@ -98,11 +98,15 @@ def peak_device_bytes(device: torch.device) -> int | None:
 
 
 def free_device_bytes(device: torch.device) -> int | None:
-    """Memory that an accelerator has left for all programs; None on the CPU, and where torch cannot tell."""
+    """Memory left on an accelerator, with what torch keeps and does not use; None on the CPU, or if it cannot tell."""
     if device.type == "cpu":
         return None
-    told = getattr(torch.get_device_module(device), "mem_get_info", None)  # XPUs in newer versions only
-    return int(told(device)[0]) if told is not None else None
+    module = torch.get_device_module(device)
+    try:
+        free = int(module.mem_get_info(device)[0])
+    except (AttributeError, NotImplementedError, RuntimeError):  # XPUs in old versions of torch, or without the means
+        return None
+    return free + int(module.memory_reserved(device)) - int(module.memory_allocated(device))
 
 
 def release_cached(device: torch.device) -> None:

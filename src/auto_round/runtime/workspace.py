@@ -65,14 +65,14 @@ class Workspace:
         """
         if not overwrite:
             self.check(facts)
-        if not self._is_of(facts):
+        if not self.is_of(facts):
             self._discard_codes()
             write_durably(self.folder / "job.json", json.dumps(facts, indent=1).encode())
 
     def check(self, facts: Facts) -> None:
         """Raise OutputError when another job's work is kept here, saying in what the two differ."""
         recorded = self.recorded()
-        if recorded is not None and not self._is_of(facts):
+        if recorded is not None and not self.is_of(facts):
             raise OutputError(
                 f"{self.target}: an unfinished run of another job is kept in {self.folder}. It differs in:\n"
                 + "\n".join(f"  {line}" for line in differences(recorded, _plain(facts)))
@@ -81,12 +81,13 @@ class Workspace:
 
     def forget(self, facts: Facts) -> None:
         """Remove what is left of a job that is done, not another's work."""
-        if self._is_of(facts):
+        if self.is_of(facts):
             self.discard()
         elif self.recorded() is None:
             self._discard_codes()
 
-    def _is_of(self, facts: Facts) -> bool:
+    def is_of(self, facts: Facts) -> bool:
+        """True when the work that is kept here is that of the job `facts`."""
         return self.recorded() == _plain(facts)
 
     def discard(self) -> None:

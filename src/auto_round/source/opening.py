@@ -43,7 +43,7 @@ HUB_OTHERS = ("*/*.safetensors", "consolidated*.safetensors", "*.fp16.safetensor
 QUANTISED = "is quantised already; start from the original model in 16 or 32-bit floats"
 # Files of a tokenizer, of which none may stay beside those of another.
 TOKENIZER_FILES = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.jinja"),
     *("*.model", "*.tiktoken"),
 )
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "LICENSE*", "README*")
@@ -79,6 +79,8 @@ class Source:
             given = {file.name: file for file in extra_files(self.given)}
             if "tokenizer_config.json" in given:
                 files = {n: f for n, f in files.items() if not any(fnmatchcase(n, own) for own in TOKENIZER_FILES)}
+            if "processor_config.json" in given:
+                files.pop("chat_template.json", None)  # a processor's of old, which would go before the given one's
             files |= given
         return tuple(files[name] for name in sorted(files))
 
@@ -181,7 +183,7 @@ def _save_loaded(model: PreTrainedModel, folder: Path) -> Path:
 
 
 def _save_given(things: Sequence[Any], folder: Path) -> Path | None:
-    """Save a processor and a tokenizer, where they are given, the later over the earlier; None when neither is."""
+    """Save a processor and a tokenizer, where they are given, with the processor's chat template; None for neither."""
     shutil.rmtree(folder, ignore_errors=True)
     # A function may stand for a processor.
     for thing in [copy.deepcopy(thing) for thing in things if hasattr(thing, "save_pretrained")]:
@@ -191,6 +193,9 @@ def _save_given(things: Sequence[Any], folder: Path) -> Path | None:
                 backend.no_truncation()
                 backend.no_padding()
         thing.save_pretrained(folder)
+    template = getattr(things[0], "chat_template", None)
+    if isinstance(template, str) and folder.is_dir():
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")  # not that of its tokenizer
     return folder if folder.is_dir() else None
 
 
