@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from auto_round.errors import FormatError, SourceError
@@ -33,6 +33,7 @@ from auto_round.runtime.journal import Journal
 from auto_round.runtime.workspace import check_free, check_output, workspace
 from auto_round.source.blocks import find_block_lists, linears_in, text_names
 from auto_round.source.foreign import foreign
+from auto_round.source.opening import tokenizer_of
 from auto_round.source.skeleton import auto_class
 from auto_round.spec.plan import LayerPlan, LinearShape, Plan
 from auto_round.spec.scheme import ALLOWED_BITS, Scheme
@@ -109,13 +110,15 @@ def convert(
                 "come of it; convert the original model's folder instead"
             )
         tell(f"{source}: {model.format} ({model.detail}), {len(model.layers)} layers")
-        plan, tokenizer = _as_described(model, plan_of(model)), _tokenizer(model, target)
-        schemes = _schemes_to_round(model, plan, target, requantize, wanted)
+        described = _described(model)
+        plan, turned = _as_described(described, plan_of(model)), conv1d_layers(described, model.layers)
+        tokenizer = _tokenizer(model) if target.holds_tokenizer else None
+        schemes = _schemes_to_round(model, plan, target, requantize, wanted, turned)
         shapes = [LinearShape(layer.name, layer.out_features, layer.in_features) for layer in plan.layers]
         target.prescribe(shapes, model.config, tokenizer)  # a model that it cannot hold at all is refused here
         rounded = Journal(Path(scratch) / "rounded")
         losses = tuple(_round(model, name, scheme, rounded) for name, scheme in schemes.items())
-        export = _export(model, _replanned(plan, schemes), schemes, rounded, tokenizer)
+        export = _export(model, _replanned(plan, schemes), schemes, rounded, tokenizer, turned)
         shutil.rmtree(work.staging, ignore_errors=True)
         work.staging.mkdir()
         target.write(export, work.staging, size)
@@ -136,17 +139,16 @@ def _described(model: CodedModel) -> nn.Module:
     return described
 
 
-def conv1d_layers(model: CodedModel) -> frozenset[str]:
-    """Layers that stand for a Conv1D, whose weight is (in, out); none where transformers does not know the model."""
-    turned = tuple(f".{name}" for name, module in _described(model).named_modules() if isinstance(module, Conv1D))
+def conv1d_layers(described: nn.Module, layers: Collection[str]) -> frozenset[str]:
+    """Those of `layers` that stand for a Conv1D of the model, whose weight is (in, out)."""
+    turned = tuple(f".{name}" for name, module in described.named_modules() if isinstance(module, Conv1D))
     # A file of the bare model lacks the first parts of the names.
-    return frozenset(name for name in model.layers if any(full.endswith(f".{name}") for full in turned))
+    return frozenset(name for name in layers if any(full.endswith(f".{name}") for full in turned))
 
 
-def _as_described(model: CodedModel, plan: Plan) -> Plan:
+def _as_described(described: nn.Module, plan: Plan) -> Plan:
     """The plan with what readers know by the model's own names, which files may spell otherwise: the lists of blocks,
     and, as kept, the Linears of what sees or hears, since some convert every Linear that they are not told to leave."""
-    described = _described(model)
     linears = linears_in(described)
     lists: list[str] = []
     with suppress(SourceError):  # GPT-2's have no Linears, nor has a model that is not known
@@ -159,10 +161,9 @@ def _as_described(model: CodedModel, plan: Plan) -> Plan:
     return dataclasses.replace(plan, layers=(*plan.layers, *kept), block_lists=tuple(lists))
 
 
-def obstacles(model: CodedModel, plan: Plan, target: Format) -> dict[str, str]:
-    """Layers that `target` cannot hold as they are, and why."""
+def obstacles(model: CodedModel, plan: Plan, target: Format, turned: Collection[str]) -> dict[str, str]:
+    """Layers that `target` cannot hold as they are, and why; turned: see `conv1d_layers`."""
     found = {}
-    turned = conv1d_layers(model) if not target.holds_conv1d else frozenset()
     for layer in plan.quantised.values():
         assert layer.scheme is not None
         reason = target.refuse(LinearShape(layer.name, layer.out_features, layer.in_features), layer.scheme)
@@ -177,13 +178,13 @@ def obstacles(model: CodedModel, plan: Plan, target: Format) -> dict[str, str]:
     return found
 
 
-def exact_targets(model: CodedModel, plan: Plan) -> list[str]:
+def exact_targets(model: CodedModel, plan: Plan, turned: Collection[str]) -> list[str]:
     """Formats that hold the model as it is, in the registry's order, which begins with what most software reads."""
-    return [name for name in FORMATS.usable() if _holds(model, plan, FORMATS[name])]
+    return [name for name in FORMATS.usable() if _holds(model, plan, FORMATS[name], turned)]
 
 
-def _holds(model: CodedModel, plan: Plan, target: Format) -> bool:
-    return _holds_plan(plan, target) and not obstacles(model, plan, target)
+def _holds(model: CodedModel, plan: Plan, target: Format, turned: Collection[str]) -> bool:
+    return _holds_plan(plan, target) and not obstacles(model, plan, target, turned)
 
 
 def _holds_plan(plan: Plan, target: Format) -> bool:
@@ -195,16 +196,21 @@ def _holds_plan(plan: Plan, target: Format) -> bool:
 
 
 def _schemes_to_round(
-    model: CodedModel, plan: Plan, target: Format, requantize: bool, wanted: Scheme | None
+    model: CodedModel,
+    plan: Plan,
+    target: Format,
+    requantize: bool,
+    wanted: Scheme | None,
+    turned: Collection[str],
 ) -> dict[str, Scheme]:
     """The layers to round again and their new schemes; raises FormatError when there are any and none may be."""
-    found = obstacles(model, plan, target)
+    found = obstacles(model, plan, target, turned)
     if not requantize:
         if not found:
             target.check(plan)
             return {}
         name, reason = next(iter(found.items()))
-        nearest = next((n for n in exact_targets(model, plan) if n != "fake"), None)
+        nearest = next((n for n in exact_targets(model, plan, turned) if n != "fake"), None)
         way_out = f"--format {nearest} is exact" if nearest else "only --format fake (floats) is exact"
         raise FormatError(
             f"{model.path}: {target.name} cannot hold {len(found)} of {len(model.layers)} layers as they are, such as "
@@ -261,16 +267,20 @@ def _round(model: CodedModel, name: str, scheme: Scheme, rounded: Journal) -> Lo
     return Loss(name, model.layers[name].kind, scheme.name, error)
 
 
-def _tokenizer(model: CodedModel, target: Format) -> Any | None:
-    """The tokenizer beside the weights, for a format that has it in its file; None when there is none."""
-    folder = next((file.parent for file in model.extra if file.name.startswith(("tokenizer", "vocab"))), None)
-    if folder is None or not target.holds_tokenizer:
-        return None
-    with foreign(f"{folder}: its tokenizer cannot be loaded"):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+def _tokenizer(model: CodedModel) -> Any | None:
+    """The tokenizer beside the weights; None when there is none."""
+    folder = next((file.parent for file in model.extra), None)
+    return None if folder is None else tokenizer_of(folder, trust_remote_code=False)
 
 
-def _export(model: CodedModel, plan: Plan, again: Collection[str], rounded: Journal, tokenizer: Any | None) -> Export:
+def _export(
+    model: CodedModel,
+    plan: Plan,
+    again: Collection[str],
+    rounded: Journal,
+    tokenizer: Any | None,
+    turned: frozenset[str],
+) -> Export:
     """What the writer takes; the layers `again` come from `rounded`."""
     return Export(
         checkpoint=model.checkpoint,
@@ -284,6 +294,6 @@ def _export(model: CodedModel, plan: Plan, again: Collection[str], rounded: Jour
         provenance={**provenance_of(model.settings), "converted_from": model.format},
         title=model.path.resolve().name,
         tokenizer=tokenizer,
-        transposed=conv1d_layers(model),
+        transposed=turned,
         act_order=any(layer.act_order for layer in model.layers.values() if layer.name not in again),
     )

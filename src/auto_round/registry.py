@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Generic, TypeVar, cast
 
 from auto_round.errors import AutoRoundError
@@ -57,11 +56,14 @@ class Registry(Generic[T]):
             ) from None
         return cast(T, getattr(module, attribute))
 
+    def is_usable(self, name: str) -> bool:
+        """True when the packages that the object called `name` needs are installed."""
+        try:
+            self[name]
+        except self._error:
+            return False
+        return True
+
     def usable(self) -> list[str]:
         """Names of those whose packages are installed."""
-        names = []
-        for name in self:
-            with suppress(self._error):
-                self[name]
-                names.append(name)
-        return names
+        return [name for name in self if self.is_usable(name)]

@@ -37,7 +37,7 @@ def _serves(
     value: Tensor,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
-    is_causal: bool = False,
+    *others: Any,
     **rest: Any,
 ) -> bool:
     on_cpu = query.device.type == "cpu" and query.dtype in DTYPES and query.dtype == key.dtype == value.dtype

@@ -170,28 +170,26 @@ def load(
 
     compile: see `compile_decoding`; the model then generates with a cache of fixed size.
     """
-    import json
     from pathlib import Path
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from auto_round.formats.folder import method_of
     from auto_round.inference.loading import AutoRoundConfig
     from auto_round.runtime.device import resolve_device
     from auto_round.source.foreign import foreign
 
-    file = Path(folder) / "config.json"
-    if not file.is_file():
+    if not (Path(folder) / "config.json").is_file():
         raise SourceError(f"{folder}: no config.json; is this the folder of a quantised model?")
     quiet_transformers()
     place = str(resolve_device(device or "auto"))
+    ours = method_of(Path(folder)) in OURS
+    if not ours and (backend != DEFAULTS["backend"] or lm_head_bits is not None):
+        raise SpecError(
+            f"{folder}: --backend and --lm_head_bits are for folders of AutoRound, GPTQ and AWQ; transformers "
+            "computes with the others in ways of its own"
+        )
     with foreign(f"{folder}: cannot be opened"):
-        stored = json.loads(file.read_text(encoding="utf-8")).get("quantization_config") or {}
-        ours = stored.get("quant_method") in OURS
-        if not ours and (backend != DEFAULTS["backend"] or lm_head_bits is not None):
-            raise SpecError(
-                f"{folder}: --backend and --lm_head_bits are for folders of AutoRound, GPTQ and AWQ; transformers "
-                "computes with the others in ways of its own"
-            )
         config = {"quantization_config": AutoRoundConfig(backend=backend, lm_head_bits=lm_head_bits)} if ours else {}
         model = AutoModelForCausalLM.from_pretrained(folder, **config, dtype=dtype, device_map=place)
         tokenizer = AutoTokenizer.from_pretrained(folder)

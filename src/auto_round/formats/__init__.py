@@ -34,7 +34,9 @@ def open_coded(path: Path | str, scratch: Path) -> CodedModel:
     Raises SourceError when it cannot be read and FormatError when no format knows it or its parts disagree.
     """
     path = Path(path).expanduser()
-    for name in FORMATS if path.suffix == ".gguf" else FORMATS.usable():
+    for name in FORMATS:
+        if path.suffix != ".gguf" and not FORMATS.is_usable(name):
+            continue
         model = FORMATS[name].open(path, scratch)
         if model is not None:
             return model

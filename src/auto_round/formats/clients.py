@@ -9,14 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from auto_round.formats.gguf.mixing import FILE_TYPES
 from auto_round.spec.fusions import EXPERT, broken_fusions
 from auto_round.spec.plan import LayerPlan, Plan
 
 MARLIN_GROUPS = (-1, 32, 64, 128)
 GPTQMODEL_GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
 AWQ_PACKINGS = ("auto_round:auto_awq", "auto_round:awq")
-GGUF = tuple(f"gguf:{name}" for name in FILE_TYPES)
 EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # as checkpoints of single experts call them
 SERVED_PACKINGS = ("auto_round:auto_gptq", *AWQ_PACKINGS)
 
@@ -163,7 +161,6 @@ CLIENTS: dict[str, tuple[tuple[str, ...], Rule]] = {
     "transformers with compressed-tensors": (("llm_compressor",), _compressed),
     "gptqmodel": (("auto_gptq", "gptq_v2", "auto_awq"), _gptqmodel),
     "Intel's auto-round": (("auto_round", "auto_gptq", "gptq_v2", "auto_awq"), _intel),
-    "llama.cpp, llama-cpp-python, Ollama, LM Studio": (GGUF, lambda held: None),
     "vLLM": (("auto_round", "auto_gptq", "gptq_v2", "auto_awq", "llm_compressor"), _server),
     "SGLang": (("auto_round", "auto_gptq", "auto_awq"), _server),
     "llama.cpp": (("gguf",), _nothing),

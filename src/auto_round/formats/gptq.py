@@ -14,7 +14,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from auto_round.formats.base import CodedModel, Export, other_names, takes_the_users
@@ -22,24 +21,12 @@ from auto_round.formats.config import GPTQ_V1, LAYOUTS, RAW, CheckpointConfig
 from auto_round.formats.folder import folder_sizes, method_of, open_folder, prove_codes, read_settings, write_folder
 from auto_round.formats.layouts import GPTQ_RAW_INDEXED, GPTQ_V1_INDEXED
 from auto_round.spec.blocks import not_integer
-from auto_round.spec.fusions import EXPERT
+from auto_round.spec.fusions import EXPERT, SERVED_AS
 from auto_round.spec.plan import LayerPlan, LinearShape, Plan
 from auto_round.spec.scheme import Scheme
 
 CHECKPOINT_FORMATS = {"auto_gptq": "gptq", "gptq_v2": "gptq_v2"}
 PACKINGS = {"auto_gptq": GPTQ_V1, "gptq_v2": RAW}
-# Sets of `MERGED` -> the matrix that vLLM or SGLang makes of each, by whose name alone they look for an entry.
-SERVED_AS = MappingProxyType(
-    {
-        ("q_proj", "k_proj", "v_proj"): ("qkv_proj",),
-        ("query", "key", "value"): ("qkv_proj",),
-        ("gate_proj", "up_proj"): ("gate_up_proj",),
-        ("w1", "w3"): ("gate_up_proj",),
-        ("in_proj_qkv", "in_proj_z"): ("in_proj_qkvz",),
-        ("in_proj_b", "in_proj_a"): ("in_proj_ba",),
-        ("q_a_proj", "kv_a_proj_with_mqa"): ("fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa"),
-    }
-)
 
 
 class GptqFormat:

@@ -23,7 +23,7 @@ def seconds(
 ) -> Mapping[str, float]:
     """Seconds by part. outputs: bytes of all folders; checked: what the end gate will run, None when it will not."""
     weights = sum(layer.out_features * layer.in_features for layer in prepared.plan.quantised.values())
-    source = sum(entry.nbytes for entry in prepared.skeleton.checkpoint.entries.values())
+    source = prepared.skeleton.checkpoint.nbytes
     keeping = weights * rates.kept
     # A tensor that is copied is read from the source, and what is written is read back to be proved.
     copied = sum(e.nbytes for n, e in prepared.source.checkpoint.entries.items() if n not in _replaced(prepared))

@@ -174,9 +174,8 @@ class _Finisher:
     def _head(self, *, rounded: bool) -> Iterator[None]:
         """Heads that are quantised themselves, with the weights of the original or of the codes."""
         plain = {module: module.weight.data for module in self._heads}
-        for module, weight in self._heads.items():
-            if rounded:
-                module.weight.data = weight
+        for module, weight in (self._heads if rounded else plain).items():
+            module.weight.data = weight
         try:
             yield
         finally:

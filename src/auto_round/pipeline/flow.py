@@ -79,10 +79,8 @@ def quantise(ready: Ready, journal: Journal, scratch: Path, listener: Listener) 
         place = "on disk" if wanted.on_disk else "in the host's memory" if wanted.on_host else "in memory"
         listener.note(f"activations are kept {place}, {wanted.samples_per_forward} samples go through a block at once")
     runner = Runner(ready.prepared, wanted, journal, scratch, listener)
-    if (
-        FINISHED in journal and not runner.complete
-    ):  # a damaged block is tuned anew, on what the blocks' own scales give
-        journal.drop(FINISHED)
+    if FINISHED in journal and not runner.complete:
+        journal.drop(FINISHED)  # a damaged block is tuned anew, on what the blocks' own scales give
     blocks = runner.round_alone() if data is None else runner.tune(data.first(job.recipe.block_samples))
     shutil.rmtree(scratch / ACTIVATIONS, ignore_errors=True)
     if data is not None and job.recipe.finish_iters:

@@ -61,7 +61,7 @@ def forecast(prepared: Prepared, saving: Saving, target: Path, seqlen: int, open
     problems += [unwritable] if unwritable else []
     return Forecast(
         model=prepared.source.title,
-        model_bytes=sum(entry.nbytes for entry in prepared.skeleton.checkpoint.entries.values()),
+        model_bytes=prepared.skeleton.checkpoint.nbytes,
         parameters=sum(p.numel() for p in prepared.skeleton.model.parameters()),
         recipe=asdict(job.recipe),
         layers=tuple(_layer(prepared, layer) for layer in plan.layers),

@@ -106,20 +106,20 @@ def needs(prepared: Prepared, samples: int, seqlen: int) -> Needs:
     block at once, where that helps. samples, seqlen: of the calibration set; 0 samples when none is needed. The result
     may still be above the budget: see `too_much` and `device_shortage`.
     """
-    job, budget = prepared.job, budget_bytes(prepared.job)
+    job, budget, blocks = prepared.job, budget_bytes(prepared.job), all_sizes(prepared)
     on_disk, on_host, micro = job.activations_on_disk, job.recipe.low_gpu_mem_usage, job.recipe.batch_size
-    found = _needs(prepared, samples, seqlen, micro, on_disk=on_disk, on_host=on_host)
+    found = _needs(prepared, blocks, samples, seqlen, micro, on_disk=on_disk, on_host=on_host)
     if samples and device_shortage(found, job):
         on_host = True
-        found = _needs(prepared, samples, seqlen, micro, on_disk=on_disk, on_host=on_host)
+        found = _needs(prepared, blocks, samples, seqlen, micro, on_disk=on_disk, on_host=on_host)
     if samples and found.peak_bytes > budget:
         on_disk = True
-        found = _needs(prepared, samples, seqlen, micro, on_disk=on_disk, on_host=on_host)
-    least = _needs(prepared, samples, seqlen, 1, on_disk=on_disk, on_host=on_host)
+        found = _needs(prepared, blocks, samples, seqlen, micro, on_disk=on_disk, on_host=on_host)
+    least = _needs(prepared, blocks, samples, seqlen, 1, on_disk=on_disk, on_host=on_host)
     fits = not device_shortage(least, job)  # else a device that really runs out lowers it, see `Runner`
     while samples and micro > 1 and (found.peak_bytes > budget or (fits and device_shortage(found, job))):
         micro = fewer(micro)
-        found = _needs(prepared, samples, seqlen, micro, on_disk=on_disk, on_host=on_host)
+        found = _needs(prepared, blocks, samples, seqlen, micro, on_disk=on_disk, on_host=on_host)
     return found
 
 
@@ -248,9 +248,10 @@ def outside_bytes(prepared: Prepared, dtype: torch.dtype) -> tuple[int, int]:
     return sum(p.numel() for n, p in own.items() if n not in names) * dtype.itemsize, heads * dtype.itemsize
 
 
-def _needs(prepared: Prepared, samples: int, seqlen: int, micro: int, *, on_disk: bool, on_host: bool) -> Needs:
-    job = prepared.job
-    blocks, base = all_sizes(prepared), resident_bytes() + OVERHEAD
+def _needs(
+    prepared: Prepared, blocks: Sequence[Sizes], samples: int, seqlen: int, micro: int, *, on_disk: bool, on_host: bool
+) -> Needs:
+    job, base = prepared.job, resident_bytes() + OVERHEAD
     width = job.dtype.itemsize
     hidden: int = prepared.skeleton.model.get_input_embeddings().weight.shape[1]
     outside, _ = outside_bytes(prepared, job.dtype)

@@ -151,7 +151,7 @@ def _report(result: Quantised, folders: tuple[SavedFolder, ...], verdict: Verdic
         seconds=result.seconds,
         peak_rss_bytes=peak_resident_bytes(),
         peak_device_bytes=peak_device_bytes(job.device),
-        bytes_before=sum(entry.nbytes for entry in result.prepared.skeleton.checkpoint.entries.values()),
+        bytes_before=result.prepared.skeleton.checkpoint.nbytes,
         bytes_after=folders[0].bytes,
         device=str(job.device),
         compute_dtype=str(job.dtype).removeprefix("torch."),

@@ -117,6 +117,11 @@ class Checkpoint:
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for entry in self.entries.values())
+
     def raw(self, name: str) -> bytearray:
         """Return the bytes of a tensor as they lie in the file."""
         entry = self.entries[name]

@@ -129,7 +129,7 @@ def open_source(
     _check_sizes(config, checkpoint)
     if tokenizer is None:
         # A processor keeps its tokenizer there; image processors have none.
-        tokenizer = getattr(processor, "tokenizer", None) or _tokenizer_of(folder, trust_remote_code)
+        tokenizer = getattr(processor, "tokenizer", None) or tokenizer_of(folder, trust_remote_code=trust_remote_code)
     return Source(title, folder, checkpoint, config, tokenizer, given)
 
 
@@ -262,7 +262,8 @@ def _unpack_gguf(file: Path, folder: Path) -> Path:
     return folder
 
 
-def _tokenizer_of(folder: Path, trust_remote_code: bool) -> Any | None:
+def tokenizer_of(folder: Path, *, trust_remote_code: bool) -> Any | None:
+    """The tokenizer beside a model's weights; None when there is none. Raises SourceError when it cannot be loaded."""
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
     if not any((folder / name).is_file() for name in names):
         return None

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 from auto_round.spec.plan import LayerPlan, Plan
 
-# Names of layers beside one another that are merged, as the checkpoints of various families call them.
-MERGED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("wq", "wk", "wv"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("in_proj_qkv", "in_proj_z"),
-    ("in_proj_b", "in_proj_a"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
+# Names of layers beside one another that are merged, as the checkpoints of various families call them -> what vLLM or
+# SGLang call the matrix, where that is known.
+SERVED_AS: Mapping[tuple[str, ...], tuple[str, ...]] = MappingProxyType(
+    {
+        ("q_proj", "k_proj", "v_proj"): ("qkv_proj",),
+        ("query", "key", "value"): ("qkv_proj",),
+        ("wq", "wk", "wv"): (),
+        ("gate_proj", "up_proj"): ("gate_up_proj",),
+        ("w1", "w3"): ("gate_up_proj",),
+        ("in_proj_qkv", "in_proj_z"): ("in_proj_qkvz",),
+        ("in_proj_b", "in_proj_a"): ("in_proj_ba",),
+        ("q_a_proj", "kv_a_proj_with_mqa"): ("fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa"),
+    }
 )
+MERGED = tuple(SERVED_AS)
 EXPERT = re.compile(r"(.*\.experts)\.\d+\.")
 
 
