@@ -11,10 +11,25 @@ import pytest
 import torch
 from tests.conftest import tiny_llama
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from auto_round.calibrate.dataset import CalibrationSet
-from auto_round.calibrate.selftext import AT_ONCE, Beginnings, joined, out_of_nothing, pieces, write
+from auto_round.calibrate.selftext import (
+    AT_ONCE,
+    Beginnings,
+    _reserve,
+    _Reserved,
+    joined,
+    out_of_nothing,
+    pieces,
+    write,
+)
 from auto_round.errors import CalibrationError
 
 Words = Callable[..., PreTrainedTokenizerFast]
@@ -108,6 +123,21 @@ def test_draws_follow_the_models_distribution(lopsided: LlamaForCausalLM, words:
     assert not sample_tokens(lopsided, words(bos=True), 16, 60, seed=2)[:, 6:].equal(drawn)
 
 
+def test_draws_from_all_parts_of_a_vocabulary(words: Words) -> None:
+    """Likely and unlikely tokens all over a vocabulary that does not end with a whole part."""
+    shares = torch.zeros(1010)
+    shares[[20, 255, 256, 600, 900, 1009]] = torch.tensor([0.3, 0.05, 0.2, 0.1, 0.25, 0.1])
+    model = tiny_llama(vocab_size=1010)
+    with torch.no_grad():
+        model.model.norm.weight.zero_()
+        model.lm_head = torch.nn.Linear(96, 1010)
+        model.lm_head.bias.copy_(shares.log().clamp_min(-1e4))
+    drawn = sample_tokens(model, words(bos=True), 64, 66, seed=1)[:, 6:]
+    found = torch.bincount(drawn.flatten(), minlength=1010) / drawn.numel()
+    assert (found - shares).abs().max() < 4 * (0.25 / drawn.numel()) ** 0.5  # four standard deviations
+    assert not found[shares == 0].any()
+
+
 def test_the_model_is_left_as_it_was_and_the_tokens_can_train(model: LlamaForCausalLM, words: Words) -> None:
     model.train()
     try:
@@ -119,6 +149,65 @@ def test_the_model_is_left_as_it_was_and_the_tokens_can_train(model: LlamaForCau
     model(tokens, labels=tokens).loss.backward()
     assert model.lm_head.weight.grad is not None
     model.zero_grad()
+
+
+def filled(tokens: Tensor) -> DynamicCache:
+    """A cache whose one layer has seen `tokens` (batch, heads, tokens, width), values being twice the keys."""
+    cache = DynamicCache()
+    cache.update(tokens, 2 * tokens, 0)
+    return cache
+
+
+def test_a_cache_with_room_adds_tokens_without_copying_the_others() -> None:
+    first, *tokens = torch.randn(2, 3, 7, 4).split([3, 1, 2, 1], 2)
+    cache = filled(first)
+    _reserve(cache, 6)
+    addresses = set()
+    for number, token in enumerate(tokens, 1):
+        keys, values = cache.update(token, 2 * token, 0)
+        assert keys.equal(torch.cat([first, *tokens[:number]], 2))
+        assert values.equal(2 * keys)
+        assert cache.get_seq_length() == keys.shape[2]
+        addresses.add((keys.data_ptr(), values.data_ptr()))
+    assert len(addresses) == 2  # the last token finds no room
+    assert not addresses & {(first.data_ptr(), first.data_ptr())}
+
+
+def test_a_cache_whose_texts_change_places_goes_on_with_them() -> None:
+    first, one, other = torch.randn(2, 3, 5, 4).split([3, 1, 1], 2)
+    cache = filled(first)
+    _reserve(cache, 6)
+    cache.update(one, 2 * one, 0)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    keys, _ = cache.update(other, 2 * other, 0)
+    assert keys.equal(torch.cat([first.flip(0), one.flip(0), other], 2))
+
+
+def test_layers_whose_window_slides_stay_as_they_are(words: Words) -> None:
+    """The window is full while the model writes; tokens are those of forwards over everything."""
+    torch.manual_seed(0)
+    kinds = ["sliding_attention", "full_attention"]
+    config = Gemma3TextConfig(
+        vocab_size=1010,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=4,
+        layer_types=kinds,
+    )
+    model = Gemma3ForCausalLM(config).eval()
+    begin = replace(out_of_nothing(words(bos=True), 3, 14, seed=0), likeliest=12)
+    tokens = write(model, begin)
+    with torch.no_grad():
+        logits = model(tokens).logits[..., :1010]
+    logits[..., list(SPECIAL)] = -torch.inf
+    assert logits.argmax(-1)[:, 1:-1].equal(tokens[:, 2:])
+    cache = model(tokens, use_cache=True).past_key_values
+    _reserve(cache, 20)
+    assert [isinstance(layer, _Reserved) for layer in cache.layers] == [False, True]
 
 
 def test_a_sample_can_be_shorter_than_its_beginning(model: LlamaForCausalLM, words: Words) -> None:

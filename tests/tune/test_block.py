@@ -71,3 +71,30 @@ def test_a_massive_token_out_of_reach_does_not_rule_the_others(bits: int) -> Non
         return float((linear(inputs) - targets)[:, 1:].square().mean())
 
     assert others(whole) < 0.9 * others(replace(whole, weights=torch.ones(16, 8)))
+
+
+@pytest.mark.parametrize(("given", "observed"), [(12, 12), (8, 8), (6, 8), (4, 8), (1, 8)])
+@pytest.mark.parametrize("at_once", [4, 2, 1])
+def test_moments_are_of_given_samples_and_of_written_ones_only_while_tokens_are_few(
+    given: int, observed: int, at_once: int
+) -> None:
+    """16 inputs, 20 tokens a sample: 8 samples hold ten tokens for each input."""
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(16, 32, bias=False).requires_grad_(False)
+    weight = torch.randn(32, 16, generator=generator)
+    inputs = torch.randn(12, 20, 16, generator=generator) @ torch.randn(16, 16, generator=generator)
+    task = BlockTask(lambda hidden, _: linear(hidden), {"a": linear}, {"a": weight}, {"a": Scheme(2, 16)})
+
+    def started(samples: int, written: int, at_once: int) -> Tensor:
+        seen = inputs[:samples]
+        activations = Activations.of(seen, seen @ weight.t(), None)
+        recipe = Recipe(
+            iters=0, batch_size=at_once, gradient_accumulate_steps=4 // at_once, nsamples=128, self_nsamples=written
+        )
+        rng = torch.Generator().manual_seed(1)
+        tuned = tune_block(task, activations, recipe, rng, torch.device("cpu"), lambda *_: None)
+        return tuned.tensors["a"].dequantize()
+
+    expected = started(observed, 0, 4)
+    torch.testing.assert_close(started(12, 12 - given, at_once), expected)
+    assert observed == 12 or not expected.equal(started(12, 0, 4))

@@ -82,3 +82,17 @@ def test_both_triangles_are_there_also_where_inputs_go_in_spans() -> None:
     assert found is not None
     torch.testing.assert_close(found.mean, found.mean.t())
     torch.testing.assert_close(found.mean, (inputs.flatten(0, 1).t() @ inputs.flatten(0, 1)) / 6)
+
+
+def test_a_moment_is_known_by_ten_tokens_for_each_input_of_every_layer() -> None:
+    linears = {"q": nn.Linear(8, 4), "k": nn.Linear(8, 4), "expert": nn.Linear(4, 4), "left": nn.Linear(8, 4)}
+    tokens = torch.randn(2, 40, 8)
+    with Moments(linears, room=4 * (8**2 + 4**2)) as moments:
+        for count, known in ((19, False), (21, True)):
+            moments.next_batch(None)
+            linears["q"](tokens)
+            linears["k"](tokens)
+            linears["expert"](tokens[0, :count, :4])
+            linears["left"](tokens + 1)
+            assert moments.known() == known
+    assert moments.left() == ["left"]

@@ -2,7 +2,8 @@
 
 That kernel (2.13) takes a third of a tuning step in bfloat16, most of it in its backward pass. Here scores and softmax
 are float32, the other products go in the inputs' dtype, and keys behind a causal block are left out. The backward pass
-computes the scores again, so nothing of the size (queries, keys) is kept.
+computes the scores again, so nothing of the size (queries, keys) is kept. In float32 `tiled` does the same in compiled
+code.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+
+from auto_round.calibrate import tiled
 
 QUERIES = 64  # in a block, times the heads that share keys: its scores stay near a core's cache
 DTYPES = (torch.float32, torch.bfloat16)
@@ -70,7 +73,7 @@ def blocked_attention(
     attn_mask: bool, True where a key counts, or added to the scores; a query that sees no key gives zeros.
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    apply: Any = _Attention.apply
+    apply: Any = tiled.TiledAttention.apply if tiled.fits(query, key, value, attn_mask) else _Attention.apply
     output: Tensor = apply(query, key, value, attn_mask, is_causal, scale)
     return output
 

@@ -13,10 +13,12 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from auto_round.calibrate.dataset import CalibrationSet
 from auto_round.calibrate.text import Encoder
@@ -25,6 +27,7 @@ from auto_round.errors import CalibrationError
 AT_ONCE = 1 << 14  # tokens whose keys and values are in memory: a step reads all weights, for however many texts
 STRETCHES = 4  # texts in a sample where they go on from given ones; short ones stay near these, and are written faster
 PIECE = 0.25  # share of such a text that is given
+PART = 256  # tokens of the vocabulary that are drawn from together
 _LIKELIEST = 4
 
 # (rounds done, rounds in all, the texts (some, length) that are finished) -> nothing; a round adds one token to each of
@@ -49,8 +52,8 @@ class Beginnings:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all of it and of how many are written at once, as hexadecimal digits: what decides the texts."""
-        facts = (self.tokens.shape, self.length, self.likeliest, self.seed, AT_ONCE)
+        """SHA-256 of all of it and of how tokens are drawn, as hexadecimal digits: what decides the texts."""
+        facts = (self.tokens.shape, self.length, self.likeliest, self.seed, AT_ONCE, PART)
         digest = hashlib.sha256(repr(facts).encode())
         for values in (self.tokens, self.ordinary):
             digest.update(values.contiguous().numpy().astype("<i8").tobytes())
@@ -175,6 +178,7 @@ def _continue(
     filled = begin.tokens.shape[1]
     tokens[:, :filled] = begin.tokens[rows]
     allowed: Tensor | None = None
+    likely = torch.empty(0)  # (batch, vocabulary and what it lacks to whole parts)
     current, cache = begin.tokens[rows].to(generator.device), None
     known = inspect.signature(model.forward).parameters
     name = "cache" if "cache" in known else "past_key_values"  # as it is called before transformers 5.23
@@ -188,12 +192,76 @@ def _continue(
         if allowed is None:
             allowed = torch.full_like(logits[0], -torch.inf)  # (vocabulary,)
             allowed[begin.ordinary.to(logits.device)] = 0
-        logits = logits + allowed
-        if place >= filled + begin.likeliest:
-            # The largest of probability / Exp(1) noise is a draw from the probabilities; unlike a running sum over
-            # the vocabulary it is the same on every run on an accelerator.
-            noise = torch.empty_like(logits).exponential_(generator=generator)
-            logits = logits.softmax(-1) / noise
-        current = logits.argmax(-1, keepdim=True)  # (batch, 1)
-        tokens[:, place] = current[:, 0].to(tokens.device)
+            likely = logits.new_empty(len(logits), math.ceil(len(allowed) / PART) * PART)
+            _reserve(cache, tokens.shape[1])
+        torch.add(logits, allowed, out=likely[:, : len(allowed)])
+        likely[:, len(allowed) :] = -torch.inf
+        chosen = _drawn(likely, generator) if place >= filled + begin.likeliest else likely.argmax(-1)
+        current = chosen[:, None]
+        tokens[:, place] = chosen.to(tokens.device)
         told(place + 1 - filled)
+
+
+class _Reserved(DynamicLayer):  # type: ignore[misc]
+    """Keys and values with room for all tokens that there will be: one more is added without copying the others."""
+
+    def __init__(self, layer: DynamicLayer, length: int) -> None:
+        """layer: what it takes the place of. length: tokens that there will be."""
+        self.__dict__.update(vars(layer))
+        self._rooms = [_room(values, length) for values in (layer.keys, layer.values)]
+        self.keys, self.values = (
+            room.narrow(-2, 0, values.shape[-2])
+            for room, values in zip(self._rooms, (layer.keys, layer.values), strict=True)
+        )
+        self._length, self._mine = length, (self.keys, self.values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add keys and values of some tokens; return those of all."""
+        count, added = self.keys.shape[-2], key_states.shape[-2]
+        # A model may keep tokens of its own, or put other values in.
+        if count + added > self._length or self._mine[0] is not self.keys or self._mine[1] is not self.values:
+            found: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return found
+        for room, states in zip(self._rooms, (key_states, value_states), strict=True):
+            room.narrow(-2, count, added).copy_(states)
+        self._mine = self.keys, self.values = (
+            self._rooms[0].narrow(-2, 0, count + added),
+            self._rooms[1].narrow(-2, 0, count + added),
+        )
+        return self.keys, self.values
+
+
+def _room(values: Tensor, length: int) -> Tensor:
+    """Room (..., length, width) that begins with `values` (..., tokens, width)."""
+    tokens = values.shape[-2]
+    room = values.new_empty(*values.shape[:-2], max(length, tokens), values.shape[-1])
+    room.narrow(-2, 0, tokens).copy_(values)
+    return room
+
+
+def _reserve(cache: Any, length: int) -> None:
+    """Give ordinary layers of a cache of transformers that has seen a beginning room for `length` tokens."""
+    layers = getattr(cache, "layers", [])
+    for index, layer in enumerate(layers):
+        # Those of other kinds, such as windows that slide, keep what they need by themselves.
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            layers[index] = _Reserved(layer, length)
+
+
+def _drawn(likely: Tensor, generator: torch.Generator) -> Tensor:
+    """(batch,) int64 from the softmax of logits (batch, vocabulary): a part of the vocabulary, then a token of it.
+
+    So there is noise for the parts and for one of them, not for the whole vocabulary. The logits are lost.
+    """
+    parts = torch.softmax(likely, -1, out=likely).unflatten(-1, (-1, PART))
+    part = _one_of(parts.sum(-1), generator)
+    inside = parts[torch.arange(len(parts), device=part.device), part]
+    return part * PART + _one_of(inside, generator)
+
+
+def _one_of(likely: Tensor, generator: torch.Generator) -> Tensor:
+    """The place of one value in each row, drawn in proportion to the values.
+
+    The largest of value / Exp(1) noise; unlike a running sum it is the same on every run on an accelerator.
+    """
+    return (likely / torch.empty_like(likely).exponential_(generator=generator)).argmax(-1)

@@ -13,6 +13,7 @@ from auto_round.pipeline.job import Prepared
 from auto_round.pipeline.needs import Sizes, all_sizes, own_texts
 from auto_round.pipeline.timing import ATTENTION_SHARE, Rates
 from auto_round.spec.recipe import Recipe
+from auto_round.tune.moments import ENOUGH
 
 LOSSES = 5  # passes over the held-out samples in one block: plain, start, and the candidates
 CHAINS = 2  # the original's activations and the quantised model's
@@ -61,13 +62,17 @@ def _block(prepared: Prepared, sizes: Sizes, rates: Rates, samples: int, seqlen:
     hidden: int = prepared.skeleton.model.get_input_embeddings().weight.shape[1]
     per_step, held = recipe.per_step(samples), _held(recipe, samples)
     searching = recipe.start != "plain"
+    widest = max((shared.inputs for shared in sizes.shared), default=0)
+    routed = sizes.multiplied < sizes.parameters  # few tokens come to an expert
+    given = samples - recipe.self_nsamples
+    observed = samples if routed else min(samples, max(given, math.ceil(ENOUGH * widest / seqlen)))
     products = rates.forward * (sizes.multiplied + ATTENTION_SHARE * 2 * seqlen * hidden)  # of one token
     once, step = products + rates.around * sizes.features, 3 * products + rates.around_step * sizes.features
-    passes = seqlen * once * ((CHAINS + searching) * samples + LOSSES * held)
+    passes = seqlen * once * (CHAINS * samples + searching * observed + LOSSES * held)
     steps = recipe.iters * (per_step * seqlen * step + sizes.weights * rates.sweep)
     starts = sizes.weights * rates.searched
     if searching:
-        starts += rates.forward * seqlen * samples * sum(shared.inputs**2 for shared in sizes.shared)
+        starts += rates.forward * seqlen * observed * sum(shared.inputs**2 for shared in sizes.shared)
     if recipe.start == "compensated":
         starts += sizes.weights * rates.ordered
         for shared in sizes.shared:

@@ -69,12 +69,17 @@ INLINE void in_threads(void (*run)(void *), void *job, int threads) {
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define FOR_AVX2 __attribute__((target("avx2")))
-#define FOR_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,prefer-vector-width=512")))
+#ifdef __clang__
+#define WHOLE_VECTORS "" /* gcc's word for it would void the attribute */
+#else
+#define WHOLE_VECTORS ",prefer-vector-width=512"
+#endif
+#define FOR_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl" WHOLE_VECTORS)))
 
-/* How many paths this CPU can take: plain C, AVX2, AVX-512. */
+/* How many paths this CPU can take: plain C, AVX2 with FMA, AVX-512. */
 INLINE int paths_of_this_cpu(void) {
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2")) return 1;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 1;
     return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") ? 3 : 2;
 }
 #else

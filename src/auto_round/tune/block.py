@@ -134,7 +134,7 @@ def tune_block(
 
     on_step is told (iteration, training loss) now and then. The Linears' weights are left at the tuned values.
     moment_bytes: of second moments at once, at least one; as many as W and V will take when None. What does not fit
-    (many experts with many inputs each) is gathered by running the block again, with the same result.
+    (many experts with many inputs each) is gathered by running the block again.
     Raises AutoRoundError naming the layer when a weight or an activation is not finite.
     """
     count = activations.inputs.shape[0]
@@ -228,9 +228,15 @@ def _moments(
     recipe: Recipe,
     device: torch.device,
 ) -> Moments:
-    """Second moments of the inputs of `linears` over all samples, as many as `room` bytes hold."""
+    """Second moments of the inputs of `linears`, as many as `room` bytes hold, over the samples that were given; over
+    those that the model has written, which stand behind them, only while a moment is of few tokens."""
+    samples, step = activations.inputs.shape[0], recipe.batch_size * recipe.gradient_accumulate_steps
     with Moments(linears, room) as moments:
-        for batch in torch.arange(activations.inputs.shape[0]).split(recipe.batch_size):
+        for batch in torch.arange(samples).split(recipe.batch_size):
+            first = int(batch[0])
+            # Asked where a step's samples end: how many go through at once depends on free memory.
+            if first >= samples - recipe.self_nsamples and first % step == 0 and moments.known():
+                break
             inputs, mask = activations.masked(batch, device)
             moments.next_batch(mask)
             (task.eager or task.run)(inputs, batch)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 SPAN = 256  # inputs whose products are taken at once
+ENOUGH = 10  # tokens for each input: more of the model's own text change nothing (docs/ablations.md)
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class Moments:
     def reached(self, name: str) -> bool:
         """True when a token came to the layer."""
         return bool(self._tokens.get(self.owner(name)))
+
+    def known(self) -> bool:
+        """True when every moment that found room is of ENOUGH tokens for each input."""
+        counts = {name: self._tokens.get(self.owner(name), 0) for name in set(self._linears) - set(self.left())}
+        return all(count >= ENOUGH * self._linears[name].in_features for name, count in counts.items())
 
     def left(self) -> list[str]:
         """Linears whose moment found no room."""

@@ -163,7 +163,7 @@ INLINE void dot_plain(const Segment *s, const int8_t *digits, const int32_t *sum
 #ifdef X86
 #define TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define TARGET_AVXVNNI __attribute__((target("avx2,fma,f16c,avxvnni")))
-#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,fma,f16c,prefer-vector-width=512")))
+#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,fma,f16c" WHOLE_VECTORS)))
 
 INLINE TARGET_AVX2 __m256i start_256(const Segment *s, int32_t sum, int at) {
     if (!s->zeros) return _mm256_set1_epi32(-sum * (1 << (s->bits - 1)));
