@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import subprocess
@@ -66,6 +67,21 @@ def test_samples_that_the_model_writes_take_time_of_their_own(
     assert 0 < more.memory["writing"] < most.memory["writing"]
     sampled = AutoRound(llama_folder, **{**killing.SETTINGS, "dataset": "self"}).plan(tmp_path / "out")
     assert sampled.seconds["writing"] > 0
+
+
+@pytest.mark.parametrize(("given", "alike"), [(128, True), (8, False)])
+def test_written_samples_take_part_in_starts_only_where_given_ones_are_few(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: int, alike: bool
+) -> None:
+    rates = timing.Rates(*[1e-9] * len(dataclasses.fields(timing.Rates)))
+    monkeypatch.setattr("auto_round.pipeline.forecast._rates", lambda *_: (rates, None))
+    settings = {**killing.SETTINGS, "nsamples": given}
+    few, more = (
+        AutoRound(llama_folder, self_nsamples=count, **settings).plan(tmp_path / "out").seconds for count in (0, 16)
+    )
+    assert (more["starts"] == few["starts"]) == alike
+    assert more["starts"] >= few["starts"]
+    assert more["passes"] > few["passes"]
 
 
 def test_the_command_plans_for_programs(llama_folder: Path, tmp_path: Path) -> None:
