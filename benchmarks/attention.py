@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from auto_round.calibrate.attention import _Attention
-from auto_round.calibrate.tiled import PATHS, TiledAttention, compiled_attention
+from auto_round.calibrate.tiled import TiledAttention, compiled_attention
+from auto_round.runtime.compiled import PATHS
 
 SHAPES = ((4, 9, 3, 512, 64), (2, 32, 8, 512, 64), (2, 14, 2, 1024, 64), (4, 4, 1, 512, 256), (1, 32, 8, 2048, 128))
 ROUNDS = 11

@@ -69,7 +69,7 @@ PLAIN_LOSS, DROPPED, FLOAT_INPUTS, HALF = (
     "inputs of the original",
     "half the samples",
 )
-OTHER = (PLAIN_LOSS, DROPPED, FLOAT_INPUTS, HALF)
+BESIDE = (PLAIN_LOSS, DROPPED, FLOAT_INPUTS, HALF)
 
 
 def tuned_on(name: str, rows: Tensor, inputs: Tensor, original: Tensor, targets: Tensor) -> Activations:
@@ -123,13 +123,18 @@ def main() -> None:
             for seed in range(options.seeds):
                 rows = torch.randperm(POOL, generator=generator_for(seed, "samples"))[:TRAIN]
                 losses = found.setdefault(str(seed), {}).setdefault(str(loaded.index), {})
-                for name in (*RECIPES, *OTHER):
+                for name in (*RECIPES, *BESIDE):
                     recipe = RECIPES.get(name, RECIPES["as it is"])(usual, scheme.bits)
                     activations = tuned_on(name, rows, loaded.inputs, original, loaded.targets)
                     task = task_of(loaded, weights, scheme, rows)
-                    tune_block(task, activations, recipe, generator_for(seed, "block"), CPU, lambda *_: None)
+                    tuned = tune_block(task, activations, recipe, generator_for(seed, "block"), CPU, lambda *_: None)
                     losses[name] = evaluate(task_of(loaded, weights, scheme, None), everything, others, 4, CPU)
-                    print(f"block {loaded.index}, seed {seed}, {name}: {losses[name]:.5g}", flush=True)
+                    print(
+                        f"block {loaded.index}, seed {seed}, {name}: {losses[name]:.5g}, step {tuned.kept_iteration}",
+                        flush=True,
+                    )
+        if loaded.index == max(wanted):
+            break
         previous = loaded.targets.clone() if loaded.index + 1 in wanted else None
         start = replace(usual, iters=0)
         rows = torch.arange(TRAIN)
@@ -137,7 +142,7 @@ def main() -> None:
         tune_block(
             task_of(loaded, weights, scheme, rows), first, start, generator_for(0, "block"), CPU, lambda *_: None
         )
-    table = {name: [ratio(found[str(seed)], name) for seed in range(options.seeds)] for name in (*RECIPES, *OTHER)}
+    table = {name: [ratio(found[str(seed)], name) for seed in range(options.seeds)] for name in (*RECIPES, *BESIDE)}
     print(f"\n| {options.scheme}, {options.iters} steps | of the usual loss, by seed |\n| --- | --- |")
     for name, ratios in table.items():
         print(f"| {name} | {', '.join(f'{value:.4f}' for value in ratios)} |")

@@ -11,11 +11,20 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, XLNetConfig, XLNetLMHeadModel
 
+from auto_round.calibrate.tiled import Functions
 from auto_round.cli.demo import demo_model
+from auto_round.runtime.compiled import PATHS
 from auto_round.source.opening import open_source
+from auto_round.tune.columns import Loops
+from auto_round.tune.passes import Passes
 from tests.models import model_file
 
 VOCABULARY = 128
+
+
+def each_path(compiled: Passes | Loops | Functions | None) -> pytest.MarkDecorator:
+    """A test once for each instruction set that compiled code has and this CPU too; not at all where there is none."""
+    return pytest.mark.parametrize("path", range(compiled.paths if compiled else 0), ids=lambda path: PATHS[path])
 
 
 def tiny_llama(**changes: object) -> LlamaForCausalLM:

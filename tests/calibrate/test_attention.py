@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from tests.conftest import each_path
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from auto_round.calibrate.attention import QUERIES, BlockedAttention, _Attention, blocked_attention
-from auto_round.calibrate.tiled import PATHS, TiledAttention, compiled_attention, fits
+from auto_round.calibrate.tiled import TiledAttention, compiled_attention, fits
 
 LONG = 2 * QUERIES + 7
 
 compiled = compiled_attention()
-each_path = pytest.mark.parametrize("path", range(compiled.paths if compiled else 0), ids=lambda path: PATHS[path])
+path_of_this_cpu = each_path(compiled)
 
 
 def inputs(
@@ -122,7 +123,7 @@ def test_arguments_by_position() -> None:
         torch.testing.assert_close(scaled_dot_product_attention(q, k, v, None, 0.0, True), expected)
 
 
-@each_path
+@path_of_this_cpu
 @pytest.mark.parametrize("key_heads", [6, 2, 1])
 @pytest.mark.parametrize(("queries", "keys"), [(LONG, LONG), (5, 5), (LONG, 3 * QUERIES), (3 * QUERIES, LONG)])
 @pytest.mark.parametrize("causal", [True, False])
@@ -133,7 +134,7 @@ def test_tiles(path: int, key_heads: int, queries: int, keys: int, causal: bool,
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-@each_path
+@path_of_this_cpu
 @pytest.mark.parametrize("kind", ["bool", "added", "heads", "keys", "expanded"])
 def test_tiles_under_masks(path: int, kind: str) -> None:
     mask = masks(LONG, LONG + 9)[kind]
@@ -142,7 +143,7 @@ def test_tiles_under_masks(path: int, kind: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-@each_path
+@path_of_this_cpu
 def test_tiles_where_a_query_sees_nothing(path: int) -> None:
     mask = torch.ones(LONG, LONG, dtype=torch.bool)
     mask[3] = False
@@ -152,7 +153,7 @@ def test_tiles_where_a_query_sees_nothing(path: int) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-@each_path
+@path_of_this_cpu
 def test_scores_of_any_size(path: int) -> None:
     query, key, value = (t.detach() for t in inputs(2, 2, LONG, LONG, width=16))
     for scale in (1e-30, 1.0, 1e2):  # scores of some hundreds are known to 1e-4
@@ -161,7 +162,7 @@ def test_scores_of_any_size(path: int) -> None:
         torch.testing.assert_close(got, exact.float(), rtol=1e-3, atol=1e-3)
 
 
-@each_path
+@path_of_this_cpu
 def test_a_row_that_a_mask_makes_as_low_as_numbers_go_keeps_its_gradients(path: int) -> None:
     """As additive masks have it for a query of padding: all its keys count the same."""
     mask = torch.zeros(LONG, LONG)
@@ -176,7 +177,7 @@ def test_a_row_that_a_mask_makes_as_low_as_numbers_go_keeps_its_gradients(path: 
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-@each_path
+@path_of_this_cpu
 def test_a_gradient_of_any_layout(path: int) -> None:
     given = inputs(6, 2, LONG, LONG, width=32)
     draw = torch.Generator().manual_seed(1)
@@ -189,7 +190,7 @@ def test_a_gradient_of_any_layout(path: int) -> None:
             torch.testing.assert_close(got, true, rtol=1e-4, atol=1e-5)
 
 
-@each_path
+@path_of_this_cpu
 def test_tiles_do_not_depend_on_threads(path: int) -> None:
     given, threads, found = inputs(6, 2, LONG, LONG, width=32), torch.get_num_threads(), []
     try:

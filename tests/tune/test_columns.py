@@ -7,15 +7,15 @@ import shutil
 
 import pytest
 import torch
+from tests.conftest import each_path
 from torch import Tensor
 
 from auto_round.numerics import compensate
 from auto_round.numerics.compensate import COLUMNS, Run, compensated_codes, compensation, descended
 from auto_round.tune.columns import compiled_loops, descend_run, round_run
-from auto_round.tune.passes import PATHS
 
 found = compiled_loops()
-path_of_this_cpu = pytest.mark.parametrize("path", range(found.paths if found else 0), ids=lambda path: PATHS[path])
+path_of_this_cpu = each_path(found)
 each_shape = pytest.mark.parametrize(("columns", "outputs"), [(1, 1), (5, 64), (COLUMNS, 130), (100, 63), (17, 1000)])
 
 

@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from tests.conftest import each_path
 from torch import Tensor
 
 from auto_round.numerics.groups import from_groups, to_groups
 from auto_round.numerics.integer import fake_quantise, gradients, storable
-from auto_round.tune.passes import BETAS, PATHS, Grids, Motion, build_weight, compiled_passes, step_offsets
+from auto_round.tune.passes import BETAS, Grids, Motion, build_weight, compiled_passes, step_offsets
 
 SHAPES = [(3, 64, 16), (5, 100, 32), (2, 4096, 4096), (130, 576, 128), (1, 7, 8), (4, 90, 20)]
 found = compiled_passes()
-path_of_this_cpu = pytest.mark.parametrize("path", range(found.paths if found else 0), ids=lambda path: PATHS[path])
+path_of_this_cpu = each_path(found)
 
 
 def each_problem(test: Any) -> Any:

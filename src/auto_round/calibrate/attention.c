@@ -2,7 +2,7 @@
    shape (queries, keys) is there for one tile alone; the softmax of a row is gathered over its tiles (FlashAttention-2, arXiv
    2307.08691). A plain C ABI; needs neither Python nor torch.
 
-   Tensors are float32 [batch][head][token][width] with strides of their own, in values, and rows of width 1. A thread claims
+   Tensors are float32 [batch][head][token][width] with strides of their own, in values; that of a width is 1. A thread claims
    one head of one sample; no two write the same place, so results do not depend on threads. */
 
 #include "compiled.h"
@@ -46,12 +46,12 @@ static int64_t tiles_of(int64_t tokens) { return (tokens + TILE - 1) / TILE; }
 #if defined(__x86_64__) && defined(__GNUC__)
 #define NAME(what) JOIN(what, _avx2)
 #define LANES 8
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET FOR_AVX2
 #include "attention_tiles.h"
 
 #define NAME(what) JOIN(what, _avx512)
 #define LANES 16
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,fma" WHOLE_VECTORS)))
+#define TARGET FOR_AVX512
 #include "attention_tiles.h"
 
 static void (*const FORWARD[])(void *) = {forward_plain, forward_avx2, forward_avx512};

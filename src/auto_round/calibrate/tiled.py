@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from auto_round.runtime.compiled import NotCompiledError, load_library
+from auto_round.runtime.compiled import library_if_built, pointer
 
 ABI = 1
-PATHS = ("plain C", "AVX2", "AVX-512")
 WIDTHS = 16  # a head's width is a multiple of it
 
 
 @dataclass(frozen=True)
 class Functions:
-    """The compiled functions, and how many of PATHS this CPU has."""
+    """The compiled functions, and how many of `compiled.PATHS` this CPU has."""
 
     forward: Any
     backward: Any
@@ -32,18 +31,17 @@ class Functions:
 @functools.cache
 def compiled_attention() -> Functions | None:
     """The compiled functions, or None where they were not built."""
-    try:
-        library = load_library(Path(__file__).parent, "_attention", "auto_round_attention_abi", ABI)
-    except NotCompiledError:
+    library = library_if_built(Path(__file__).parent, "_attention", "auto_round_attention_abi", ABI)
+    if library is None:
         return None
     forward, backward, room = (
         library.auto_round_attention,
         library.auto_round_attention_back,
         library.auto_round_attention_room,
     )
-    pointer, number = ctypes.c_void_p, ctypes.c_int
-    forward.argtypes = [*[pointer] * 8, ctypes.c_float, number, pointer, number, number]
-    backward.argtypes = [*[pointer] * 12, ctypes.c_float, number, pointer, number, number]
+    address, number = ctypes.c_void_p, ctypes.c_int
+    rest: list[Any] = [ctypes.c_float, number, address, number, number]
+    forward.argtypes, backward.argtypes = [*[address] * 8, *rest], [*[address] * 12, *rest]
     forward.restype = backward.restype = None
     room.argtypes, room.restype = [ctypes.c_int64] * 3, ctypes.c_int64
     return Functions(forward, backward, room, int(library.auto_round_attention_paths()))
@@ -64,7 +62,7 @@ def fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool
 
 
 class TiledAttention(torch.autograd.Function):
-    """softmax(Q K^T * scale + mask) V, see `attention.blocked_attention`; path: one of PATHS that the CPU has."""
+    """softmax(Q K^T * scale + mask) V, see `blocked_attention`; path: one of `compiled.PATHS` that the CPU has."""
 
     @staticmethod
     def forward(
@@ -83,20 +81,19 @@ class TiledAttention(torch.autograd.Function):
         query, key, value = (_rows(t) for t in (query, key, value))
         output = _by_tokens(query, value.shape[-1])
         sums = query.new_empty(*query.shape[:-1], 2)
-        held, room = (query, key, value, _added(mask, query, key), output), _room(query, key, value)
+        held, room = (query, key, value, _added(mask, query, key), output), _room(found, query, key, value)
+        ctx.settings = float(scale), causal
+        ctx.path = found.paths - 1 if path is None else path
         found.forward(
-            *map(_pointer, held),
-            sums.data_ptr(),
+            *map(pointer, (*held, sums)),
             _sizes(query, key, value),
             _strides(*held),
-            float(scale),
-            causal,
+            *ctx.settings,
             room.data_ptr(),
-            found.paths - 1 if path is None else path,
+            ctx.path,
             len(room),
         )
         ctx.save_for_backward(query, key, value, mask, output, sums)
-        ctx.causal, ctx.scale, ctx.path = causal, scale, path
         return output
 
     @staticmethod
@@ -109,16 +106,15 @@ class TiledAttention(torch.autograd.Function):
         along, grad, mask = (grad * output).sum(-1).contiguous(), _rows(grad), _added(mask, query, key)
         for_query = _by_tokens(query, query.shape[-1])
         # Heads that share keys each have gradients of their own, so that threads never write the same place.
-        room = _room(query, key, value)
+        room = _room(found, query, key, value)
         for_key, for_value = (query.new_zeros(*query.shape[:2], *t.shape[2:]) for t in (key, value))
         found.backward(
-            *map(_pointer, (query, key, value, mask, sums, grad, along, for_query, for_key, for_value)),
+            *map(pointer, (query, key, value, mask, sums, grad, along, for_query, for_key, for_value)),
             _sizes(query, key, value),
             _strides(query, key, value, mask, grad, for_query, for_key, for_value),
-            float(ctx.scale),
-            ctx.causal,
+            *ctx.settings,
             room.data_ptr(),
-            found.paths - 1 if ctx.path is None else ctx.path,
+            ctx.path,
             len(room),
         )
         return (for_query, _of_all(for_key, key), _of_all(for_value, value), *[None] * 4)
@@ -152,10 +148,6 @@ def _added(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
     return mask.expand(*query.shape[:3], keys)
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 def _sizes(query: Tensor, key: Tensor, value: Tensor) -> Any:
     """What `attention.c` calls sizes."""
     batch, heads, queries, width = query.shape
@@ -170,9 +162,7 @@ def _numbers(*values: int) -> Any:
     return (ctypes.c_int64 * len(values))(*values)
 
 
-def _room(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _room(found: Functions, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """(threads, values) of memory that each of them needs for itself."""
-    found = compiled_attention()
-    assert found is not None
     threads = min(torch.get_num_threads(), query.shape[0] * query.shape[1])
     return query.new_empty(threads, found.room(key.shape[2], key.shape[-1], value.shape[-1]))

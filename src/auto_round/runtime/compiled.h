@@ -68,13 +68,13 @@ INLINE void in_threads(void (*run)(void *), void *job, int threads) {
 /* ---- instruction sets ---- */
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#define FOR_AVX2 __attribute__((target("avx2")))
+#define FOR_AVX2 __attribute__((target("avx2,fma")))
 #ifdef __clang__
 #define WHOLE_VECTORS "" /* gcc's word for it would void the attribute */
 #else
 #define WHOLE_VECTORS ",prefer-vector-width=512"
 #endif
-#define FOR_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl" WHOLE_VECTORS)))
+#define FOR_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,fma" WHOLE_VECTORS)))
 
 /* How many paths this CPU can take: plain C, AVX2 with FMA, AVX-512. */
 INLINE int paths_of_this_cpu(void) {

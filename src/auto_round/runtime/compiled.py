@@ -6,6 +6,9 @@ import ctypes
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
+from torch import Tensor
+
+PATHS = ("plain C", "AVX2", "AVX-512")  # what `paths_of_this_cpu` of compiled.h counts
 # Not by its name: that of the package index is another's.
 REINSTALL = "pip install --force-reinstall --no-cache-dir --no-deps . (in the folder it was installed from)"
 
@@ -34,3 +37,16 @@ def load_library(folder: Path, stem: str, version: str, abi: int) -> ctypes.CDLL
     if getattr(library, version)() != abi:
         raise NotCompiledError("the native kernel was built from another version", "build it anew")
     return library
+
+
+def library_if_built(folder: Path, stem: str, version: str, abi: int) -> ctypes.CDLL | None:
+    """As `load_library`, or None where that raises: what the library does comes from torch then."""
+    try:
+        return load_library(folder, stem, version, abi)
+    except NotCompiledError:
+        return None
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """The address of a tensor's values, as ctypes takes it."""
+    return None if tensor is None else tensor.data_ptr()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from auto_round.numerics import compensate
 from auto_round.numerics.compensate import Compensation, Run
-from auto_round.runtime.compiled import NotCompiledError, load_library
+from auto_round.runtime.compiled import library_if_built
 
 ABI = 1
 OUTPUTS_PER_THREAD = 64
@@ -24,7 +24,7 @@ OUTPUTS_PER_THREAD = 64
 
 @dataclass(frozen=True)
 class Loops:
-    """The compiled loops, and how many of `passes.PATHS` this CPU has."""
+    """The compiled loops, and how many of `compiled.PATHS` this CPU has."""
 
     round: Any
     descend: Any
@@ -34,9 +34,8 @@ class Loops:
 @functools.cache
 def compiled_loops() -> Loops | None:
     """The compiled loops, or None where they were not built."""
-    try:
-        library = load_library(Path(__file__).parent, "_columns", "auto_round_columns_abi", ABI)
-    except NotCompiledError:
+    library = library_if_built(Path(__file__).parent, "_columns", "auto_round_columns_abi", ABI)
+    if library is None:
         return None
     pointers, sizes, numbers = [ctypes.c_void_p] * 7, [ctypes.c_int64] * 2, [ctypes.c_int] * 2
     for loop in (library.auto_round_round, library.auto_round_descend):
@@ -54,7 +53,7 @@ def rounded_codes(
 
 
 def round_run(values: Tensor, run: Run, path: int | None = None) -> Tensor:
-    """See `compensate.round_run`; path: one of `passes.PATHS` that the CPU has, for tests."""
+    """See `compensate.round_run`; path: one of `compiled.PATHS` that the CPU has, for tests."""
     found = compiled_loops()
     if found is None or values.device.type != "cpu":
         return compensate.round_run(values, run)

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from auto_round.numerics.groups import from_groups, to_groups
 from auto_round.numerics.integer import fake_quantise, gradients
-from auto_round.runtime.compiled import NotCompiledError, load_library
+from auto_round.runtime.compiled import library_if_built, pointer
 
 ABI = 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # of W' and its gradient
-PATHS = ("plain C", "AVX2", "AVX-512")
 ROW_CHUNK = 1 << 17  # weights in one pass of torch: what a core's cache holds of all its operands
 BETAS = (0.3, 0.95)  # of the running means of V's gradient and of its square
 TINY = 1e-30  # keeps 0 / 0 away; as in passes.c
@@ -30,7 +29,7 @@ WEIGHTS_PER_THREAD = 1 << 14  # below this a second thread costs more than it sa
 
 @dataclass(frozen=True)
 class Passes:
-    """The compiled passes, and how many of PATHS this CPU has."""
+    """The compiled passes, and how many of `compiled.PATHS` this CPU has."""
 
     build: Any
     step: Any
@@ -40,9 +39,8 @@ class Passes:
 @functools.cache
 def compiled_passes() -> Passes | None:
     """The compiled passes, or None where they were not built."""
-    try:
-        library = load_library(Path(__file__).parent, "_passes", "auto_round_passes_abi", ABI)
-    except NotCompiledError:
+    library = library_if_built(Path(__file__).parent, "_passes", "auto_round_passes_abi", ABI)
+    if library is None:
         return None
     pointers, numbers, floats = [ctypes.c_void_p], [ctypes.c_int64], [ctypes.c_float]
     build, step = library.auto_round_build, library.auto_round_step
@@ -95,7 +93,7 @@ class Motion:
 def build_weight(weight: Tensor, offset: Tensor, grids: Grids, out: Tensor, path: int | None = None) -> None:
     """Put W' = s * (q - z) - low into `out` (out, in), rounded to its dtype.
 
-    weight, offset: (out, groups, width) float32. path: one of PATHS that the CPU has, for tests.
+    weight, offset: (out, groups, width) float32. path: one of `compiled.PATHS` that the CPU has, for tests.
     """
     found = compiled_passes()
     if found is None or not _fits(weight, out):
@@ -107,7 +105,7 @@ def build_weight(weight: Tensor, offset: Tensor, grids: Grids, out: Tensor, path
         return
     held = _held(weight, offset, grids)
     found.build(
-        *map(_pointer, held),
+        *map(pointer, held),
         out.data_ptr(),
         *_shape(weight, out),
         grids.max_code,
@@ -146,7 +144,7 @@ def step_offsets(
     held = [*_held(weight, offset, grids), motion.first, motion.second, kept, taken]
     scale_grad, zero_grad = torch.empty_like(grids.scale), torch.empty_like(grids.scale)
     found.step(
-        *map(_pointer, held),
+        *map(pointer, held),
         grad.data_ptr(),
         scale_grad.data_ptr(),
         zero_grad.data_ptr(),
@@ -181,10 +179,6 @@ def _held(weight: Tensor, offset: Tensor, grids: Grids) -> list[Tensor | None]:
     """Everything that both passes read, in the order of their arguments, contiguous."""
     low = None if grids.low is None else grids.low.contiguous()
     return [weight.contiguous(), offset, grids.scale.contiguous(), grids.zero.contiguous(), low]
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _shape(weight: Tensor, outer: Tensor) -> tuple[int, int, int, int]:
