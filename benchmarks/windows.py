@@ -1,0 +1,201 @@
+"""What it is worth to tune two blocks at once, over seeds, on samples that they were not tuned on.
+
+    python -m benchmarks.windows MODEL CALIBRATION --scheme W2A16G64 --pairs 0,14,28 [--iters 20] [--out FILE]
+
+A pair is the first of two blocks. A seed draws the samples that all blocks are tuned on, and the batches; those before
+a pair are tuned one after the other. What is printed is the loss behind the second block on other samples, over that of
+the two tuned one after the other, for each pair and seed. The last iterate is kept in all cases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.figures import calibration
+from benchmarks.inference import machine
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer
+
+from auto_round.calibrate.front import Walk
+from auto_round.calibrate.walker import LoadedBlock, walk
+from auto_round.runtime.rng import generator_for
+from auto_round.source.blocks import block_names, find_block_lists
+from auto_round.source.checkpoint import Checkpoint
+from auto_round.source.skeleton import Skeleton
+from auto_round.spec.recipe import Recipe
+from auto_round.spec.scheme import Scheme
+from auto_round.tune import block as tuner
+from auto_round.tune.block import STATE_BYTES, Activations, BlockTask, evaluate
+from auto_round.tune.starting import Layer
+
+CPU = torch.device("cpu")
+TRAIN, OTHERS = 32, 16  # samples of which a seed tunes on TRAIN, and samples that none is tuned on
+POOL = 48
+IN_TURN, AT_ONCE, AND_AT_ONCE, TWICE = (
+    "one after the other",
+    "both at once",
+    "one after the other, then both at once",
+    "one after the other, twice the steps",
+)
+
+Layers = dict[str, Layer]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the two blocks: how it runs, its exact weights, and what the original gives behind it."""
+
+    loaded: LoadedBlock
+    weights: dict[str, Tensor]
+    targets: Tensor
+
+    @classmethod
+    def of(cls, loaded: LoadedBlock) -> Part:
+        """With copies of what the walk goes on to change."""
+        weights = {name: linear.weight.detach().clone() for name, linear in loaded.linears.items()}
+        return cls(loaded, weights, loaded.targets.clone())
+
+    def run(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """The block's output for these samples."""
+        assert self.loaded.run is not None
+        return self.loaded.run(hidden, rows)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two blocks, `inputs` (samples, tokens, hidden) of the first, and how they are tuned on the samples `rows`."""
+
+    first: Part
+    second: Part
+    inputs: Tensor
+    rows: Tensor
+    scheme: Scheme
+    recipe: Recipe
+    seed: int
+
+    def task(self, *parts: Part, rows: Tensor | None = None) -> BlockTask:
+        """The parts behind each other as one block, of the samples `rows`."""
+        rows = self.rows if rows is None else rows
+        linears = {name: linear for part in parts for name, linear in part.loaded.linears.items()}
+        weights = {name: weight for part in parts for name, weight in part.weights.items()}
+
+        def run(hidden: Tensor, batch: Tensor) -> Tensor:
+            for part in parts:
+                hidden = part.run(hidden, rows[batch])
+            return hidden
+
+        return BlockTask(run, linears, weights, dict.fromkeys(linears, self.scheme))
+
+    def start(self, part: Part, inputs: Tensor) -> Layers:
+        """The layers of one block where tuning starts, their weights written."""
+        task, room = self.task(part), STATE_BYTES * sum(weight.numel() for weight in part.weights.values())
+        activations = Activations.of(inputs[self.rows], part.targets[self.rows], None)
+        layers, _ = tuner._start_layers(task, activations, self.recipe, CPU, room)
+        tuner._write(task, layers)
+        return layers
+
+    def step(self, layers: Layers, inputs: Tensor, *parts: Part, iters: int) -> None:
+        """Move the layers of these parts by `iters` steps."""
+        activations = Activations.of(inputs[self.rows], parts[-1].targets[self.rows], None)
+        recipe, generator = replace(self.recipe, iters=iters), generator_for(self.seed, "block")
+        every = torch.arange(len(self.rows))
+        for _ in tuner._steps(self.task(*parts), layers, activations, recipe, every, generator, CPU, lambda *_: None):
+            pass
+
+    @torch.no_grad()
+    def between(self) -> Tensor:
+        """What the first block, as it is now, gives the second."""
+        return torch.cat([self.first.run(self.inputs[b], b) for b in torch.arange(len(self.inputs)).split(4)])
+
+    def in_turn(self, iters: int) -> Layers:
+        """Tune one after the other."""
+        first = self.start(self.first, self.inputs)
+        self.step(first, self.inputs, self.first, iters=iters)
+        between = self.between()
+        second = self.start(self.second, between)
+        self.step(second, between, self.second, iters=iters)
+        return first | second
+
+    def at_once(self) -> None:
+        """Start one after the other, then tune both."""
+        first = self.start(self.first, self.inputs)
+        second = self.start(self.second, self.between())
+        self.step(first | second, self.inputs, self.first, self.second, iters=self.recipe.iters)
+
+    def and_at_once(self) -> None:
+        """Tune one after the other, then both."""
+        layers = self.in_turn(self.recipe.iters)
+        self.step(layers, self.inputs, self.first, self.second, iters=self.recipe.iters)
+
+    def loss(self) -> float:
+        """Behind the second block, on the other samples."""
+        judged = Activations.of(self.inputs, self.second.targets, None)
+        task = self.task(self.first, self.second, rows=torch.arange(len(self.inputs)))
+        return evaluate(task, judged, torch.arange(POOL, POOL + OTHERS), 4, CPU)
+
+
+WAYS: dict[str, Callable[[Pair], object]] = {
+    IN_TURN: lambda pair: pair.in_turn(pair.recipe.iters),
+    AT_ONCE: Pair.at_once,
+    AND_AT_ONCE: Pair.and_at_once,
+    TWICE: lambda pair: pair.in_turn(2 * pair.recipe.iters),
+}
+
+
+def main() -> None:
+    """Measure; print a table and write what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("calibration", type=Path)
+    parser.add_argument("--scheme", required=True)
+    parser.add_argument("--pairs", required=True)
+    parser.add_argument("--iters", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    scheme, firsts = Scheme.parse(options.scheme), [int(part) for part in options.pairs.split(",")]
+    skeleton = Skeleton(AutoConfig.from_pretrained(options.model), Checkpoint(options.model))
+    names = block_names(skeleton.model, find_block_lists(skeleton.model))
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokens = torch.tensor(calibration(options.calibration, tokenizer, POOL + OTHERS, options.seqlen))
+    recipe = Recipe(iters=options.iters, nsamples=TRAIN, seqlen=options.seqlen, batch_size=4)
+    settings = Walk(4, quantised_inputs=True, device=CPU, dtype=torch.float32, store=CPU)
+    losses: dict[str, dict[str, dict[str, float]]] = {}
+    for seed in range(options.seeds):
+        rows = torch.randperm(POOL, generator=generator_for(seed, "samples"))[:TRAIN]
+        previous: tuple[Part, Tensor] | None = None
+        for loaded in walk(skeleton, names[: max(firsts) + 2], tokens, settings):
+            part, inputs, index = Part.of(loaded), loaded.inputs.clone(), loaded.index - 1
+            if previous is not None and index in firsts:
+                first, before = previous
+                skeleton.load(first.loaded.module, first.loaded.name, torch.float32, CPU)
+                pair = Pair(first, part, before, rows, scheme, recipe, seed)
+                for name, tune in WAYS.items():
+                    tune(pair)
+                    found = losses.setdefault(str(index), {}).setdefault(str(seed), {})
+                    found[name] = pair.loss()
+                    print(f"{seed=}, blocks {index}, {loaded.index}, {name}: {found[name]:.5g}", flush=True)
+                skeleton.free(first.loaded.module, first.loaded.name)
+            alone = Pair(part, part, inputs, rows, scheme, recipe, seed)
+            alone.step(alone.start(part, inputs), inputs, part, iters=recipe.iters)
+            previous = part, inputs
+    print(f"\n| {options.scheme}, {options.iters} steps | {' | '.join(f'blocks {n}, {n + 1}' for n in firsts)} |")
+    print("| --- " * (len(firsts) + 1) + "|")
+    for name in WAYS:
+        cells = (", ".join(f"{one[name] / one[IN_TURN]:.3f}" for one in losses[str(n)].values()) for n in firsts)
+        print(f"| {name} | {' | '.join(cells)} |")
+    if options.out:
+        job: dict[str, Any] = {"model": options.model.name, "scheme": options.scheme, "iters": options.iters}
+        rest = {"samples": TRAIN, "seqlen": options.seqlen, "machine": machine(), "losses": losses}
+        options.out.write_text(json.dumps({**job, **rest}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
