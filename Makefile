@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test clients slow lint types format clean
 
-SOURCES := src/auto_round/runtime/compiled.h src/auto_round/inference/kernels/native.c src/auto_round/tune/passes.c src/auto_round/tune/columns.c
+SOURCES := $(wildcard src/auto_round/*/*.[ch] src/auto_round/*/*/*.[ch])
 
 $(VENV)/ready: pyproject.toml setup.py constraints.txt $(SOURCES)
 	$(PYTHON) -m venv $(VENV)

@@ -14,11 +14,12 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+from weakref import WeakKeyDictionary
 
 import torch
 from benchmarks.figures import calibration
@@ -41,6 +42,7 @@ from auto_round.spec.recipe import Recipe
 from auto_round.spec.scheme import Scheme
 from auto_round.tune import block as tuner
 from auto_round.tune.block import STATE_BYTES, Activations, BlockTask, evaluate, tune_block
+from auto_round.tune.layer import TunedLayer
 
 CPU = torch.device("cpu")
 POOL, OTHERS = 48, 16  # samples of each text of which a seed draws some, and samples that none is tuned on
@@ -78,7 +80,9 @@ PLAIN_LOSS, DROPPED = "loss: plain", "loss: largest 0.1% dropped"
 FLOAT_INPUTS, HALF = "inputs of the original", "half the samples"
 BUILTIN, SELF = "text: builtin", "text: the model's own"
 JUDGES = ("others", "second")
-BESIDE = (MEAN, PLAIN_LOSS, DROPPED, FLOAT_INPUTS, HALF, BUILTIN, SELF)
+EVEN, COSINE = "steps: all of half the first's size", "steps: falling as a cosine"
+NEAR, NARROW = "V within a fifth of a code of its start", "ranges within 5% of the start's"
+BESIDE = (EVEN, COSINE, NEAR, NARROW, MEAN, PLAIN_LOSS, DROPPED, FLOAT_INPUTS, HALF, BUILTIN, SELF)
 
 
 def texts(options: argparse.Namespace, choices: Iterable[str]) -> dict[str, Tensor]:
@@ -98,6 +102,34 @@ def texts(options: argparse.Namespace, choices: Iterable[str]) -> dict[str, Tens
     return kinds
 
 
+def changed(name: str, recipe: Recipe, bits: int) -> AbstractContextManager[Any]:
+    """What the tuner has no setting for, while it lasts."""
+    usual_step, starts = TunedLayer.step, WeakKeyDictionary[TunedLayer, Tensor]()
+
+    def sized(shape: Callable[[float], float]) -> Callable[[TunedLayer, Tensor, float, float], None]:
+        """Steps whose size, a share of the first's, is `shape` of the share that is left of all steps."""
+
+        def step(layer: TunedLayer, grad: Tensor, v_lr: float, range_lr: float) -> None:
+            share = shape(v_lr / recipe.v_lr(bits))
+            usual_step(layer, grad, share * recipe.v_lr(bits), share * recipe.range_lr(bits))
+
+        return step
+
+    def near(layer: TunedLayer, grad: Tensor, v_lr: float, range_lr: float) -> None:
+        start = starts.setdefault(layer, layer.offset.clone())
+        usual_step(layer, grad, v_lr, range_lr)
+        layer.offset.clamp_(start - 0.2, start + 0.2)
+
+    changes: dict[str, AbstractContextManager[Any]] = {
+        EVEN: patch.object(TunedLayer, "step", sized(lambda left: 0.5)),
+        COSINE: patch.object(TunedLayer, "step", sized(lambda left: (1 - math.cos(math.pi * left)) / 2)),
+        NEAR: patch.object(TunedLayer, "step", near),
+        NARROW: patch("auto_round.tune.layer.SEARCHED_BOUNDS", (0.95, 1.05)),
+        EVERY_ZERO: patch("auto_round.tune.start.search_asym", every_zero),
+    }
+    return changes.get(name, nullcontext())
+
+
 @dataclass(frozen=True)
 class Block:
     """A block that is tuned again and again; `original` (samples, tokens, hidden) is what the original gives it."""
@@ -115,8 +147,7 @@ class Block:
         if name == MEAN:
             tune_to_mean(task, activations, recipe, generator)
             return
-        search = patch("auto_round.tune.start.search_asym", every_zero) if name == EVERY_ZERO else nullcontext()
-        with search:
+        with changed(name, recipe, self.scheme.bits):
             tune_block(task, activations, recipe, generator, CPU, lambda *_: None)
 
     def loss(self, rows: Tensor) -> float:
@@ -201,6 +232,8 @@ def main() -> None:
     wanted = [int(part) for part in options.blocks.split(",")]
     every = [*RECIPES, *BESIDE, *([] if scheme.sym else [EVERY_ZERO])]
     choices = [USUAL, *options.choices.split(";")] if options.choices else every
+    if unknown := [name for name in choices if name not in every]:
+        parser.error(f"no choice is called {unknown[0]!r}; there are {'; '.join(every)}")
     skeleton = Skeleton(AutoConfig.from_pretrained(options.model), Checkpoint(options.model))
     names = block_names(skeleton.model, find_block_lists(skeleton.model))
     kinds = texts(options, choices)

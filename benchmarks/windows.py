@@ -37,10 +37,11 @@ from auto_round.tune.starting import Layer
 CPU = torch.device("cpu")
 TRAIN, OTHERS = 32, 16  # samples of which a seed tunes on TRAIN, and samples that none is tuned on
 POOL = 48
-IN_TURN, AT_ONCE, AND_AT_ONCE, TWICE = (
+IN_TURN, AT_ONCE, AND_AT_ONCE, AND_SHORT, TWICE = (
     "one after the other",
     "both at once",
     "one after the other, then both at once",
+    "the same, the steps of both a quarter as long",
     "one after the other, twice the steps",
 )
 
@@ -100,10 +101,11 @@ class Pair:
         tuner._write(task, layers)
         return layers
 
-    def step(self, layers: Layers, inputs: Tensor, *parts: Part, iters: int) -> None:
-        """Move the layers of these parts by `iters` steps."""
+    def step(self, layers: Layers, inputs: Tensor, *parts: Part, iters: int, size: float = 1.0) -> None:
+        """Move the layers of these parts by `iters` steps, `size` times as long as usual."""
         activations = Activations.of(inputs[self.rows], parts[-1].targets[self.rows], None)
-        recipe, generator = replace(self.recipe, iters=iters), generator_for(self.seed, "block")
+        recipe, generator, bits = replace(self.recipe, iters=iters), generator_for(self.seed, "block"), self.scheme.bits
+        recipe = replace(recipe, lr=size * recipe.v_lr(bits), minmax_lr=size * recipe.range_lr(bits))
         every = torch.arange(len(self.rows))
         for _ in tuner._steps(self.task(*parts), layers, activations, recipe, every, generator, CPU, lambda *_: None):
             pass
@@ -128,10 +130,10 @@ class Pair:
         second = self.start(self.second, self.between())
         self.step(first | second, self.inputs, self.first, self.second, iters=self.recipe.iters)
 
-    def and_at_once(self) -> None:
-        """Tune one after the other, then both."""
+    def and_at_once(self, size: float) -> None:
+        """Tune one after the other, then both with steps `size` times as long."""
         layers = self.in_turn(self.recipe.iters)
-        self.step(layers, self.inputs, self.first, self.second, iters=self.recipe.iters)
+        self.step(layers, self.inputs, self.first, self.second, iters=self.recipe.iters, size=size)
 
     def loss(self) -> float:
         """Behind the second block, on the other samples."""
@@ -143,7 +145,8 @@ class Pair:
 WAYS: dict[str, Callable[[Pair], object]] = {
     IN_TURN: lambda pair: pair.in_turn(pair.recipe.iters),
     AT_ONCE: Pair.at_once,
-    AND_AT_ONCE: Pair.and_at_once,
+    AND_AT_ONCE: lambda pair: pair.and_at_once(1.0),
+    AND_SHORT: lambda pair: pair.and_at_once(0.25),
     TWICE: lambda pair: pair.in_turn(2 * pair.recipe.iters),
 }
 
