@@ -11,7 +11,6 @@ choice with the same seed and block: the geometric mean over blocks, for each se
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -22,30 +21,37 @@ from unittest.mock import patch
 from weakref import WeakKeyDictionary
 
 import torch
-from benchmarks.figures import calibration
-from benchmarks.inference import machine
+from benchmarks.one_block import (
+    BATCH,
+    CPU,
+    OTHERS,
+    POOL,
+    drawn,
+    exact_weights,
+    given_text,
+    keep,
+    open_model,
+    parser,
+    recipe_of,
+    start,
+    steps,
+    walk_to,
+)
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from auto_round.calibrate.dataset import build_calibration
-from auto_round.calibrate.front import Walk
 from auto_round.calibrate.selftext import out_of_nothing, write
-from auto_round.calibrate.walker import LoadedBlock, walk
+from auto_round.calibrate.walker import LoadedBlock
 from auto_round.numerics import search
 from auto_round.numerics.integer import asym_range
 from auto_round.runtime.events import LogListener
 from auto_round.runtime.rng import generator_for
-from auto_round.source.blocks import block_names, find_block_lists
-from auto_round.source.checkpoint import Checkpoint
-from auto_round.source.skeleton import Skeleton
 from auto_round.spec.recipe import Recipe
 from auto_round.spec.scheme import Scheme
-from auto_round.tune import block as tuner
-from auto_round.tune.block import STATE_BYTES, Activations, BlockTask, evaluate, tune_block
+from auto_round.tune.block import Activations, BlockTask, evaluate, tune_block
 from auto_round.tune.layer import TunedLayer
 
-CPU = torch.device("cpu")
-POOL, OTHERS = 48, 16  # samples of each text of which a seed draws some, and samples that none is tuned on
 SHARES = 48  # scales that the exhaustive search tries
 
 Change = Callable[[Recipe, int], Recipe]
@@ -79,16 +85,16 @@ MEAN = "kept: mean of the second half's iterates"
 PLAIN_LOSS, DROPPED = "loss: plain", "loss: largest 0.1% dropped"
 FLOAT_INPUTS, HALF = "inputs of the original", "half the samples"
 BUILTIN, SELF = "text: builtin", "text: the model's own"
-JUDGES = ("others", "second")
 EVEN, COSINE = "steps: all of half the first's size", "steps: falling as a cosine"
-NEAR, NARROW = "V within a fifth of a code of its start", "ranges within 5% of the start's"
+NEAR, NARROW = "V within half a code of its start", "ranges within 0.8 and 1.25 of the start's"
+JUDGES = ("others", "second")  # texts on which a block is judged
 BESIDE = (EVEN, COSINE, NEAR, NARROW, MEAN, PLAIN_LOSS, DROPPED, FLOAT_INPUTS, HALF, BUILTIN, SELF)
 
 
 def texts(options: argparse.Namespace, choices: Iterable[str]) -> dict[str, Tensor]:
     """Token ids (samples, tokens) of everything that goes through the blocks, the text that is tuned on first."""
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    given = torch.tensor(calibration(options.calibration, tokenizer, POOL + OTHERS, options.seqlen))
+    given = given_text(options)
     kinds = {"given": given[:POOL], "others": given[POOL:]}
     ids = tokenizer(options.second.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][0]
     pieces = min(OTHERS, len(ids) // options.seqlen)
@@ -116,15 +122,15 @@ def changed(name: str, recipe: Recipe, bits: int) -> AbstractContextManager[Any]
         return step
 
     def near(layer: TunedLayer, grad: Tensor, v_lr: float, range_lr: float) -> None:
-        start = starts.setdefault(layer, layer.offset.clone())
+        begin = starts.setdefault(layer, layer.offset.clone())
         usual_step(layer, grad, v_lr, range_lr)
-        layer.offset.clamp_(start - 0.2, start + 0.2)
+        layer.offset.clamp_(begin - 0.5, begin + 0.5)
 
     changes: dict[str, AbstractContextManager[Any]] = {
         EVEN: patch.object(TunedLayer, "step", sized(lambda left: 0.5)),
         COSINE: patch.object(TunedLayer, "step", sized(lambda left: (1 - math.cos(math.pi * left)) / 2)),
         NEAR: patch.object(TunedLayer, "step", near),
-        NARROW: patch("auto_round.tune.layer.SEARCHED_BOUNDS", (0.95, 1.05)),
+        NARROW: patch("auto_round.tune.layer.SEARCHED_BOUNDS", (0.8, 1.25)),
         EVERY_ZERO: patch("auto_round.tune.start.search_asym", every_zero),
     }
     return changes.get(name, nullcontext())
@@ -132,12 +138,22 @@ def changed(name: str, recipe: Recipe, bits: int) -> AbstractContextManager[Any]
 
 @dataclass(frozen=True)
 class Block:
-    """A block that is tuned again and again; `original` (samples, tokens, hidden) is what the original gives it."""
+    """A block that is tuned again and again; `original` (samples, tokens, hidden) is what the original gives it.
+
+    everything: all samples, with what each token counts when the block is judged.
+    """
 
     loaded: LoadedBlock
     weights: dict[str, Tensor]
     scheme: Scheme
     original: Tensor
+    everything: Activations
+
+    @classmethod
+    def of(cls, loaded: LoadedBlock, scheme: Scheme, original: Tensor) -> Block:
+        """Before it is tuned for the first time."""
+        everything = Activations.of(loaded.inputs, loaded.targets, None)
+        return cls(loaded, exact_weights(loaded), scheme, original, everything)
 
     def tune(self, name: str, rows: Tensor, usual: Recipe, seed: int) -> None:
         """Tune it on the samples `rows` with the choice `name`, and leave the Linears at the result."""
@@ -152,9 +168,7 @@ class Block:
 
     def loss(self, rows: Tensor) -> float:
         """Of the samples `rows`."""
-        every = torch.arange(len(self.loaded.inputs))
-        judged = Activations.of(self.loaded.inputs, self.loaded.targets, None)
-        return evaluate(self._task(every), judged, rows, 4, CPU)
+        return evaluate(self._task(torch.arange(len(self.loaded.inputs))), self.everything, rows, BATCH, CPU)
 
     def _task(self, rows: Tensor) -> BlockTask:
         """The block as a task whose samples are the `rows` of all."""
@@ -178,23 +192,19 @@ class Block:
 
 def tune_to_mean(task: BlockTask, activations: Activations, recipe: Recipe, generator: torch.Generator) -> None:
     """Leave the Linears at the mean V, alpha and beta of the second half of the steps."""
-    room = STATE_BYTES * sum(weight.numel() for weight in task.weights.values())
-    layers, _ = tuner._start_layers(task, activations, recipe, CPU, room)
-    tuner._write(task, layers)
+    layers = start(task, activations, recipe)
     sums = {
         name: (torch.zeros_like(layer.offset), torch.zeros_like(layer.multipliers)) for name, layer in layers.items()
     }
-    order = torch.arange(len(activations.inputs))
-    taken = 0
-    for iteration in tuner._steps(task, layers, activations, recipe, order, generator, CPU, lambda *_: None):
-        if iteration > recipe.iters // 2:
-            taken += 1
+    half = recipe.iters // 2
+    for iteration in steps(task, layers, activations, recipe, generator):
+        if iteration > half:
             for name, layer in layers.items():
                 sums[name][0].add_(layer.offset)
                 sums[name][1].add_(layer.multipliers)
     for name, layer in layers.items():
-        layer.offset, layer.multipliers = (total / taken for total in sums[name])
-    tuner._write(task, layers)
+        layer.offset, layer.multipliers = (total / (recipe.iters - half) for total in sums[name])
+        layer.write_weight(task.linears[name].weight.data)
 
 
 def every_zero(weight: Tensor, importance: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -214,50 +224,39 @@ def every_zero(weight: Tensor, importance: Tensor, bits: int) -> tuple[Tensor, T
 
 def main() -> None:
     """Measure; print tables and write what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("calibration", type=Path)
-    parser.add_argument("second", type=Path)
-    parser.add_argument("--scheme", required=True)
-    parser.add_argument("--asym", action="store_true", help="with zero points")
-    parser.add_argument("--blocks", required=True)
-    parser.add_argument("--iters", type=int, default=20)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=32, help="that a block is tuned on")
-    parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--choices", help="some of the choices, separated by semicolons; all when left out")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("second", type=Path)
+    arguments.add_argument("--asym", action="store_true", help="with zero points")
+    arguments.add_argument("--blocks", required=True)
+    arguments.add_argument("--choices", help="some of the choices, separated by semicolons; all when left out")
+    options = arguments.parse_args()
     scheme = replace(Scheme.parse(options.scheme), sym=not options.asym)
     wanted = [int(part) for part in options.blocks.split(",")]
     every = [*RECIPES, *BESIDE, *([] if scheme.sym else [EVERY_ZERO])]
     choices = [USUAL, *options.choices.split(";")] if options.choices else every
     if unknown := [name for name in choices if name not in every]:
-        parser.error(f"no choice is called {unknown[0]!r}; there are {'; '.join(every)}")
-    skeleton = Skeleton(AutoConfig.from_pretrained(options.model), Checkpoint(options.model))
-    names = block_names(skeleton.model, find_block_lists(skeleton.model))
+        arguments.error(f"no choice is called {unknown[0]!r}; there are {'; '.join(every)}")
+    skeleton, names = open_model(options.model)
     kinds = texts(options, choices)
     tokens = torch.cat(list(kinds.values()))
     places = dict(zip(kinds, torch.arange(len(tokens)).split([len(part) for part in kinds.values()]), strict=True))
-    usual = Recipe(iters=options.iters, nsamples=options.samples, seqlen=options.seqlen, batch_size=4)
-    settings = Walk(4, quantised_inputs=True, device=CPU, dtype=torch.float32, store=CPU)
+    usual = recipe_of(options)
     found: dict[str, dict[str, dict[str, dict[str, float]]]] = {text: {} for text in JUDGES}
     for seed in range(options.seeds):
-        drawn = torch.randperm(POOL, generator=generator_for(seed, "samples"))[: options.samples]
+        rows = drawn(seed, options.samples)
         original: Tensor | None = None  # what the original gave before the block
-        for loaded in walk(skeleton, names[: max(wanted) + 1], tokens, settings):
-            weights = {name: linear.weight.detach().clone() for name, linear in loaded.linears.items()}
-            block = Block(loaded, weights, scheme, loaded.inputs if original is None else original)
+        for loaded in walk_to(skeleton, names[: max(wanted) + 1], tokens):
+            block = Block.of(loaded, scheme, loaded.inputs if original is None else original)
             if loaded.index in wanted:
                 for name in choices:
-                    block.tune(name, places.get(name, places["given"])[drawn], usual, seed)
+                    block.tune(name, places.get(name, places["given"])[rows], usual, seed)
                     for text in JUDGES:
                         loss = block.loss(places[text])
                         found[text].setdefault(str(seed), {}).setdefault(str(loaded.index), {})[name] = loss
                         print(f"seed {seed}, block {loaded.index}, {name}, {text}: {loss:.5g}", flush=True)
             if loaded.index == max(wanted):
                 break
-            block.tune(USUAL, places["given"][drawn], usual, seed)
+            block.tune(USUAL, places["given"][rows], usual, seed)
             original = loaded.targets.clone()
     table = {
         name: {
@@ -270,11 +269,7 @@ def main() -> None:
     for name, ratios in table.items():
         shown = (", ".join(f"{value:.3f}" for value in values) for values in ratios.values())
         print(f"| {name} | {' | '.join(shown)} |")
-    if options.out:
-        job: dict[str, Any] = {"model": options.model.name, "scheme": scheme.name, "iters": options.iters}
-        rest = {"samples": options.samples, "seqlen": options.seqlen, "second": options.second.name}
-        figures = {"machine": machine(), "losses": found, "ratios": table}
-        options.out.write_text(json.dumps({**job, **rest, **figures}, indent=1) + "\n")
+    keep(options, scheme, {"second": options.second.name, "losses": found, "ratios": table})
 
 
 def ratio(blocks: dict[str, dict[str, float]], name: str) -> float:

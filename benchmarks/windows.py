@@ -9,34 +9,35 @@ the two tuned one after the other, for each pair and seed. The last iterate is k
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import torch
-from benchmarks.figures import calibration
-from benchmarks.inference import machine
+from benchmarks.one_block import (
+    BATCH,
+    CPU,
+    OTHERS,
+    POOL,
+    Layers,
+    drawn,
+    exact_weights,
+    given_text,
+    keep,
+    open_model,
+    parser,
+    recipe_of,
+    start,
+    steps,
+    walk_to,
+)
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
 
-from auto_round.calibrate.front import Walk
-from auto_round.calibrate.walker import LoadedBlock, walk
+from auto_round.calibrate.walker import LoadedBlock
 from auto_round.runtime.rng import generator_for
-from auto_round.source.blocks import block_names, find_block_lists
-from auto_round.source.checkpoint import Checkpoint
-from auto_round.source.skeleton import Skeleton
 from auto_round.spec.recipe import Recipe
 from auto_round.spec.scheme import Scheme
-from auto_round.tune import block as tuner
-from auto_round.tune.block import STATE_BYTES, Activations, BlockTask, evaluate
-from auto_round.tune.starting import Layer
+from auto_round.tune.block import Activations, BlockTask, evaluate
 
-CPU = torch.device("cpu")
-TRAIN, OTHERS = 32, 16  # samples of which a seed tunes on TRAIN, and samples that none is tuned on
-POOL = 48
 IN_TURN, AT_ONCE, AND_AT_ONCE, AND_SHORT, TWICE = (
     "one after the other",
     "both at once",
@@ -44,8 +45,6 @@ IN_TURN, AT_ONCE, AND_AT_ONCE, AND_SHORT, TWICE = (
     "the same, the steps of both a quarter as long",
     "one after the other, twice the steps",
 )
-
-Layers = dict[str, Layer]
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,7 @@ class Part:
     @classmethod
     def of(cls, loaded: LoadedBlock) -> Part:
         """With copies of what the walk goes on to change."""
-        weights = {name: linear.weight.detach().clone() for name, linear in loaded.linears.items()}
-        return cls(loaded, weights, loaded.targets.clone())
+        return cls(loaded, exact_weights(loaded), loaded.targets.clone())
 
     def run(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """The block's output for these samples."""
@@ -95,25 +93,23 @@ class Pair:
 
     def start(self, part: Part, inputs: Tensor) -> Layers:
         """The layers of one block where tuning starts, their weights written."""
-        task, room = self.task(part), STATE_BYTES * sum(weight.numel() for weight in part.weights.values())
-        activations = Activations.of(inputs[self.rows], part.targets[self.rows], None)
-        layers, _ = tuner._start_layers(task, activations, self.recipe, CPU, room)
-        tuner._write(task, layers)
-        return layers
+        return start(self.task(part), self.activations(inputs, part), self.recipe)
+
+    def activations(self, inputs: Tensor, part: Part) -> Activations:
+        """What is tuned on, up to what the original gives behind `part`."""
+        return Activations.of(inputs[self.rows], part.targets[self.rows], None)
 
     def step(self, layers: Layers, inputs: Tensor, *parts: Part, iters: int, size: float = 1.0) -> None:
         """Move the layers of these parts by `iters` steps, `size` times as long as usual."""
-        activations = Activations.of(inputs[self.rows], parts[-1].targets[self.rows], None)
         recipe, generator, bits = replace(self.recipe, iters=iters), generator_for(self.seed, "block"), self.scheme.bits
         recipe = replace(recipe, lr=size * recipe.v_lr(bits), minmax_lr=size * recipe.range_lr(bits))
-        every = torch.arange(len(self.rows))
-        for _ in tuner._steps(self.task(*parts), layers, activations, recipe, every, generator, CPU, lambda *_: None):
+        for _ in steps(self.task(*parts), layers, self.activations(inputs, parts[-1]), recipe, generator):
             pass
 
     @torch.no_grad()
     def between(self) -> Tensor:
         """What the first block, as it is now, gives the second."""
-        return torch.cat([self.first.run(self.inputs[b], b) for b in torch.arange(len(self.inputs)).split(4)])
+        return torch.cat([self.first.run(self.inputs[b], b) for b in torch.arange(len(self.inputs)).split(BATCH)])
 
     def in_turn(self, iters: int) -> Layers:
         """Tune one after the other."""
@@ -139,7 +135,7 @@ class Pair:
         """Behind the second block, on the other samples."""
         judged = Activations.of(self.inputs, self.second.targets, None)
         task = self.task(self.first, self.second, rows=torch.arange(len(self.inputs)))
-        return evaluate(task, judged, torch.arange(POOL, POOL + OTHERS), 4, CPU)
+        return evaluate(task, judged, torch.arange(POOL, POOL + OTHERS), BATCH, CPU)
 
 
 WAYS: dict[str, Callable[[Pair], object]] = {
@@ -153,28 +149,17 @@ WAYS: dict[str, Callable[[Pair], object]] = {
 
 def main() -> None:
     """Measure; print a table and write what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("calibration", type=Path)
-    parser.add_argument("--scheme", required=True)
-    parser.add_argument("--pairs", required=True)
-    parser.add_argument("--iters", type=int, default=20)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--pairs", required=True)
+    options = arguments.parse_args()
     scheme, firsts = Scheme.parse(options.scheme), [int(part) for part in options.pairs.split(",")]
-    skeleton = Skeleton(AutoConfig.from_pretrained(options.model), Checkpoint(options.model))
-    names = block_names(skeleton.model, find_block_lists(skeleton.model))
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    tokens = torch.tensor(calibration(options.calibration, tokenizer, POOL + OTHERS, options.seqlen))
-    recipe = Recipe(iters=options.iters, nsamples=TRAIN, seqlen=options.seqlen, batch_size=4)
-    settings = Walk(4, quantised_inputs=True, device=CPU, dtype=torch.float32, store=CPU)
+    skeleton, names = open_model(options.model)
+    tokens, recipe = given_text(options), recipe_of(options)
     losses: dict[str, dict[str, dict[str, float]]] = {}
     for seed in range(options.seeds):
-        rows = torch.randperm(POOL, generator=generator_for(seed, "samples"))[:TRAIN]
+        rows = drawn(seed, options.samples)
         previous: tuple[Part, Tensor] | None = None
-        for loaded in walk(skeleton, names[: max(firsts) + 2], tokens, settings):
+        for loaded in walk_to(skeleton, names[: max(firsts) + 2], tokens):
             part, inputs, index = Part.of(loaded), loaded.inputs.clone(), loaded.index - 1
             if previous is not None and index in firsts:
                 first, before = previous
@@ -194,10 +179,7 @@ def main() -> None:
     for name in WAYS:
         cells = (", ".join(f"{one[name] / one[IN_TURN]:.3f}" for one in losses[str(n)].values()) for n in firsts)
         print(f"| {name} | {' | '.join(cells)} |")
-    if options.out:
-        job: dict[str, Any] = {"model": options.model.name, "scheme": options.scheme, "iters": options.iters}
-        rest = {"samples": TRAIN, "seqlen": options.seqlen, "machine": machine(), "losses": losses}
-        options.out.write_text(json.dumps({**job, **rest}, indent=1) + "\n")
+    keep(options, scheme, {"losses": losses})
 
 
 if __name__ == "__main__":
